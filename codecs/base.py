@@ -1,0 +1,84 @@
+"""The KVCodec port: one cell's array to bytes and back.
+
+Codecs are synchronous, pure (no I/O, clock or randomness) and thread-safe. They know nothing of tiers, stores or Zarr;
+`codecs/zarr_.py` adapts any of them to Zarr v3.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lmcache_s3.types import Buffer, Geometry, Grid, KVDtype
+
+JSON = str | int | float | bool | None | list[Any] | dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class CellSpec:
+    """Shape of a cell, axes [kv, layer, token, head, channel], and what its stored bits mean."""
+
+    shape: tuple[int, int, int, int, int]
+    kv_dtype: KVDtype
+
+    @classmethod
+    def of(cls, geometry: Geometry, grid: Grid) -> CellSpec:
+        return cls(geometry.cell_shape(grid), geometry.kv_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class CellPosition:
+    """Where a cell belongs; written in its header and checked when read.
+
+    prefix_hash: 16 bytes, of the cell's chunk. first_token: position in the prompt. first_layer, first_head: offsets in
+    the whole model.
+    """
+
+    prefix_hash: bytes
+    first_token: int
+    first_layer: int
+    first_head: int
+
+
+class KVCodec(ABC):
+    """One way to code a cell. Its `config` is what Zarr metadata carries, enough to decode."""
+
+    id: ClassVar[str]
+    """`[a-z0-9_-]+`; part of every extent's name."""
+    exact: ClassVar[bool]
+    """Decodes to the very bits that were encoded."""
+
+    @property
+    @abstractmethod
+    def config(self) -> Mapping[str, JSON]:
+        """JSON configuration, without the kv_dtype (the Zarr adapter adds that)."""
+
+    @property
+    def measured_kl(self) -> float | None:
+        """Measured next-token KL in nats per token on the space's model; 0.0 for exact codecs, None if nobody measured."""
+        return 0.0 if self.exact else None
+
+    @property
+    def level(self) -> str:
+        """Short name of the setting, for the fidelity class of an unmeasured codec; exact codecs: `exact`."""
+        return "exact"
+
+    @abstractmethod
+    def max_encoded_bytes(self, spec: CellSpec) -> int:
+        """No stored cell of this shape is longer; checked before memory is allocated."""
+
+    @abstractmethod
+    def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
+        """Stored bytes of a cell. `cell`: shape `spec.shape`, the storage dtype of `spec.kv_dtype`, any strides; not kept."""
+
+    @abstractmethod
+    def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
+        """Decode into `out` (shape and storage dtype as in `encode`, any strides, caller's).
+
+        `position=None`: not checked (plain Zarr readers have none). Raises `Unusable` for anything else than whole,
+        right bytes; never reads past the end, never allocates more than the spec asks for. `out` is then undefined.
+        """
