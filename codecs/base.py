@@ -59,7 +59,7 @@ class KVCodec(ABC):
 
     @property
     def measured_kl(self) -> float | None:
-        """Measured next-token KL in nats per token on the space's model; 0.0 for exact codecs, None if nobody measured."""
+        """Measured next-token KL on the space's model, nats per token; 0.0 if exact, None if nobody measured."""
         return 0.0 if self.exact else None
 
     @property
@@ -73,7 +73,7 @@ class KVCodec(ABC):
 
     @abstractmethod
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
-        """Stored bytes of a cell. `cell`: shape `spec.shape`, the storage dtype of `spec.kv_dtype`, any strides; not kept."""
+        """Stored bytes of a cell. `cell`: shape and storage dtype as the spec says, any strides; not kept."""
 
     @abstractmethod
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:

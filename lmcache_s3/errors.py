@@ -49,7 +49,8 @@ class Missing(Unusable):
 
 
 class Unavailable(LMCacheS3Error):
-    """The store or tier did not answer in time, or refused for now. Kinds: timeout, throttled, network, full, closed."""
+    """The store or tier did not answer in time, or refused for now. Kinds: timeout, throttled, network, full,
+    closed."""
 
     default_kind = "unavailable"
 
