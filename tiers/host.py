@@ -1,0 +1,27 @@
+"""The host tier: stored cells in this process's memory.
+
+Cells are copied in, so a caller may reuse its buffers at once; `get` hands out the kept bytes themselves, uncopied
+(`bytes` never change, and an evicted one lives on while somebody reads it). Verified on the way in.
+Raises what the `Tier` port says.
+"""
+
+from __future__ import annotations
+
+from lmcache_s3.tiers.lru import CellKey, LRUTier
+from lmcache_s3.types import Buffer, CellRef
+
+
+class HostTier(LRUTier[bytes]):
+    """Cells in host memory, at most `budget_bytes` of them."""
+
+    def __init__(self, budget_bytes: int) -> None:
+        super().__init__("host", budget_bytes)
+
+    def _write(self, cell: CellRef, data: Buffer) -> bytes:
+        return bytes(data)
+
+    def _read(self, cell: CellRef, held: bytes) -> Buffer:
+        return held
+
+    def _drop(self, key: CellKey, held: bytes) -> None:
+        pass  # the reference in the bookkeeping is the only one
