@@ -1,0 +1,1 @@
+"""Adapters to LLM engines. Each imports its engine; nothing else in the package does."""

@@ -1,0 +1,128 @@
+"""This rank's engine blocks as canonical arrays: which layers, which heads, and the copies in and out.
+
+Arrays are `[kv, layer, token, head, channel]` in the storage dtype (unsigned integers for bf16 and fp8). Block ids are
+the scheduler's; where the attention kernels use smaller blocks than the scheduler, ids are translated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmcache_s3.errors import Bug, Invalid
+from lmcache_s3.integrations.vllm.layout import host_layer, learn_plane_map
+from lmcache_s3.integrations.vllm.model import ModelFacts, rank_layers
+from lmcache_s3.kernels import paged
+from lmcache_s3.types import ITEM_BYTES, STORAGE_DTYPE, Geometry, Grid
+
+_BITS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+
+
+@dataclass
+class EngineBlocks:
+    """layers, heads: this rank's places in the whole model. `kernel_blocks`: kernel blocks per scheduler block."""
+
+    layers: range
+    heads: range
+    kernel_blocks: int
+    block_tokens: int
+    storage: np.dtype[Any]
+    plane: paged.PlaneMap
+    views: list[torch.Tensor]
+    host: list[paged.HostLayer] | None
+
+    @classmethod
+    def learn(
+        cls, kv_caches: dict[str, torch.Tensor], vllm_config: Any, facts: ModelFacts, tensor_rank: int
+    ) -> EngineBlocks:
+        names, layers = rank_layers(list(kv_caches))
+        views = [kv_caches[name] for name in names]
+        heads = facts.heads_of(tensor_rank)
+        for name, view in zip(names, views, strict=True):
+            if view.dim() != 4 or view.shape[1] != len(heads) or view.shape != views[0].shape:
+                raise Invalid(
+                    f"engine layer {name}: {tuple(view.shape)} is not [block, {len(heads)} heads, slot, content]",
+                    kind="engine",
+                )
+        attention = vllm_config.compilation_config.static_forward_context[names[0]]
+        plane = learn_plane_map(attention, views[0], facts.group.head_dim)
+        if plane.index.shape[0] != facts.group.kv or facts.block_tokens % plane.slots:
+            raise Invalid(f"engine blocks of {plane.slots} slots do not divide {facts.block_tokens}", kind="engine")
+        on_host = views[0].device.type == "cpu"
+        return cls(
+            layers,
+            heads,
+            facts.block_tokens // plane.slots,
+            facts.block_tokens,
+            np.dtype(STORAGE_DTYPE[facts.kv_dtype]),
+            plane,
+            views,
+            [host_layer(view, plane) for view in views] if on_host else None,
+        )
+
+    def chunk_bytes(self, geometry: Geometry) -> int:
+        """Raw bytes of one chunk's part on this rank."""
+        per_token = geometry.kv * len(self.layers) * len(self.heads) * geometry.head_dim
+        return per_token * geometry.chunk_tokens * ITEM_BYTES[geometry.kv_dtype]
+
+    def covers(self, geometry: Geometry, grid: Grid, shard: int) -> bool:
+        """Is this shard's cell wholly on this rank?"""
+        layers, heads = geometry.cell_layers(grid, shard), geometry.cell_heads(grid, shard)
+        return (
+            self.layers.start <= layers.start
+            and layers.stop <= self.layers.stop
+            and self.heads.start <= heads.start
+            and heads.stop <= self.heads.stop
+        )
+
+    def local_heads(self, heads: range) -> range:
+        return range(heads.start - self.heads.start, heads.stop - self.heads.start)
+
+    def ids(self, block_ids: Sequence[int], begin_token: int, end_token: int) -> np.ndarray:
+        """Kernel block ids for tokens begin … end−1, counted from the first of `block_ids`; both block-aligned."""
+        size = self.block_tokens
+        if begin_token % size or end_token % size or not 0 <= begin_token <= end_token <= len(block_ids) * size:
+            raise Bug(f"tokens {begin_token}…{end_token} do not lie on {len(block_ids)} blocks of {size}", kind="shape")
+        ids = np.asarray(block_ids[begin_token // size : end_token // size], dtype=np.int64)
+        return (ids[:, None] * self.kernel_blocks + np.arange(self.kernel_blocks)).reshape(-1)
+
+    def gather(self, ids: np.ndarray) -> np.ndarray:
+        """All of this rank's layers and heads of these blocks → a new array in host memory."""
+        kv, slots, channels = self.plane.index.shape
+        shape = (kv, len(self.views), len(ids) * slots, len(self.heads), channels)
+        if self.host is not None:
+            out = np.empty(shape, dtype=self.host[0].flat.dtype)
+            for i, layer in enumerate(self.host):
+                paged.gather(layer, ids, 0, out[:, i])
+            return out.view(self.storage)
+        device = self.views[0].device
+        block_ids, index = torch.from_numpy(ids).to(device), torch.from_numpy(self.plane.index).to(device)
+        whole = torch.stack([paged.gather_torch(view, block_ids, index) for view in self.views], dim=1)
+        return _bits(whole.cpu()).view(self.storage)
+
+    def scatter(self, ids: np.ndarray, layers: range, heads: range, cell: np.ndarray) -> None:
+        """`cell` [kv, layer, token, head, channel] → these blocks, at these layers and heads of the model."""
+        bits = cell.view(_BITS[cell.dtype.itemsize])
+        first_head = heads.start - self.heads.start
+        if self.host is not None:
+            for i, place in enumerate(layers):
+                paged.scatter(self.host[place - self.layers.start], ids, first_head, bits[:, i])
+            return
+        view = self.views[0]
+        block_ids, index = torch.from_numpy(ids).to(view.device), torch.from_numpy(self.plane.index).to(view.device)
+        whole = torch.from_numpy(np.ascontiguousarray(bits)).to(view.device).view(view.dtype)
+        for i, place in enumerate(layers):
+            layer = self.views[place - self.layers.start]
+            paged.scatter_torch(layer, block_ids, index, first_head, whole[:, i])
+        if view.device.type == "cuda":
+            torch.cuda.current_stream(view.device).synchronize()
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    unsigned = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[tensor.dtype.itemsize]
+    array: np.ndarray = tensor.contiguous().view(unsigned).numpy()
+    return array

@@ -1,0 +1,386 @@
+"""The scheduler role: the one owner of the index. Matches prompts, plans loads and stores, commits extents.
+
+Everything the engine waits for is a look-up in memory. Opening the index (digest, probe, checkpoint) runs in the
+background; until it is there, and whenever it is not, the answer is "no match". A request whose load failed is computed
+and never matched again. Extents: chunks are gathered as they fill, one extent closes at the end of prefill, at shard
+length, or when its request ends; it is committed when every rank has reported its shards, counted across steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lmcache_s3.codecs.base import KVCodec
+from lmcache_s3.errors import LMCacheS3Error
+from lmcache_s3.identity import PrefixHasher, root_hash
+from lmcache_s3.index.service import Verdict
+from lmcache_s3.integrations.vllm.metadata import GatherOrder, LoadOrder, StepOrders, UploadOrder, WorkerReport
+from lmcache_s3.integrations.vllm.model import ModelFacts
+from lmcache_s3.integrations.vllm.opening import OpenCache, Opening
+from lmcache_s3.integrations.vllm.requests import extra_keys, uncacheable
+from lmcache_s3.integrations.vllm.stats import Counters
+from lmcache_s3.transfer import StoredShard
+from lmcache_s3.types import HASH_BYTES, ChunkRef, ExtentName, Grid
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from lmcache_s3.config import Settings
+
+logger = logging.getLogger("lmcache_s3.vllm")
+
+_PAUSE_FIRST_S, _PAUSE_MOST_S = 1.0, 30.0
+"""After a load that the store did not answer, no matches for this long, doubled each time in a row."""
+
+
+@dataclass
+class _Growing:
+    """An extent being gathered: consecutive chunks of one request."""
+
+    staging: str
+    first_chunk: int
+    hashes: list[bytes]
+
+
+@dataclass
+class _Tracked:
+    """One live request."""
+
+    request: Request
+    hasher: PrefixHasher
+    blocks: list[int] = field(default_factory=list)
+    next_chunk: int = 0
+    growing: _Growing | None = None
+    match: list[ChunkRef] = field(default_factory=list)
+    local_tokens: int = 0
+    may_match: bool = True
+    pins: Any = None
+
+
+@dataclass
+class _Uploading:
+    """An extent the workers are storing; shards arrive across steps."""
+
+    name: ExtentName
+    grid: Grid
+    parent: bytes
+    first_token: int
+    hashes: bytes
+    deadline_s: float
+    shards: dict[int, StoredShard] = field(default_factory=dict)
+
+
+class SchedulerRole:
+    """Called by the engine's scheduler thread alone; futures resolve on background threads."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        settings: Settings,
+        codec: KVCodec,
+        opening: Opening,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._facts, self._settings, self._codec, self._clock = facts, settings, codec, clock
+        self._opening = opening
+        self._cache: OpenCache | None = None
+        self._grid = None if settings.read_only else facts.grid(settings)
+        if self._grid is None and not settings.read_only:
+            logger.warning(
+                "layers or KV heads do not divide evenly over the ranks: this engine loads but stores nothing"
+            )
+        self._extent_chunks = max(1, settings.extent_bytes // facts.group_chunk_bytes(settings.chunk_tokens))
+        self.counters = Counters("scheduler")
+        self._tracked: dict[str, _Tracked] = {}
+        self._orders = StepOrders()
+        self._uploading: dict[str, _Uploading] = {}
+        self._publishing: dict[str, Future[Verdict]] = {}
+        self._pending: set[bytes] = set()
+        self._staging_number = 0
+        self._pause_s, self._paused_until_s = _PAUSE_FIRST_S, 0.0
+
+    # ---- matching --------------------------------------------------------------------------------------------------
+
+    def _ready(self) -> OpenCache | None:
+        if self._cache is None:
+            self._cache = self._opening.poll()
+        return self._cache
+
+    def _track(self, request: Request, cache: OpenCache) -> _Tracked | None:
+        """The request's record; None if it cannot be cached at all."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            reason = uncacheable(request)
+            extra = () if reason else extra_keys(request, self._opening.adapter_digest)
+            if extra is None:
+                self.counters.add(skipped_requests=1)
+                return None
+            salt = request.cache_salt or ""
+            hasher = PrefixHasher(cache.space.id, self._settings.chunk_tokens, salt=salt, extra=extra)
+            tracked = self._tracked[request.request_id] = _Tracked(request, hasher)
+            if reason:
+                tracked.may_match, tracked.next_chunk = False, 1 << 60
+                self.counters.add(skipped_requests=1)
+        return tracked
+
+    def _hashes(self, tracked: _Tracked, confirmed_tokens: int) -> list[bytes]:
+        """Prefix hashes of the full chunks among the first `confirmed_tokens` tokens."""
+        hashed = tracked.hasher.n_tokens
+        if confirmed_tokens > hashed:
+            tracked.hasher.extend(tracked.request.all_token_ids[hashed:confirmed_tokens])
+        return tracked.hasher.hashes[: confirmed_tokens // self._settings.chunk_tokens]
+
+    def match(self, request: Request, computed_tokens: int) -> int:
+        """Tokens beyond `computed_tokens` that can be loaded: a look-up in memory."""
+        cache = self._ready()
+        tracked = self._track(request, cache) if cache is not None else None
+        if cache is None or tracked is None or not tracked.may_match or self._clock() < self._paused_until_s:
+            return 0
+        tracked.match = cache.index.match(self._hashes(tracked, request.num_tokens))
+        tracked.local_tokens = computed_tokens
+        self.counters.add(lookups=1)
+        return max(0, len(tracked.match) * self._settings.chunk_tokens - computed_tokens)
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
+        """Blocks for `external_tokens` loaded tokens are there: order the load with the next step."""
+        if external_tokens == 0:
+            return
+        tracked, cache = self._tracked.get(request.request_id), self._cache
+        if tracked is None or cache is None:
+            self._orders.fail.append(request.request_id)
+            return
+        chunk_tokens, block_tokens = self._settings.chunk_tokens, self._facts.block_tokens
+        start, end = tracked.local_tokens, tracked.local_tokens + external_tokens
+        first, last = start // chunk_tokens, -(-end // chunk_tokens)
+        chunks = tuple(tracked.match[first:last])
+        ids = blocks.get_block_ids()[0][start // block_tokens : -(-end // block_tokens)]
+        if len(chunks) != last - first or len(ids) * block_tokens < external_tokens:
+            self._orders.fail.append(request.request_id)
+            tracked.may_match = False
+            return
+        tracked.pins = cache.index.pin({ref.extent.name for ref in chunks})
+        tracked.pins.__enter__()
+        tracked.next_chunk = max(tracked.next_chunk, len(tracked.match))
+        self._orders.loads.append(LoadOrder(request.request_id, chunks, first * chunk_tokens, start, end, tuple(ids)))
+        self.counters.add(matched_requests=1, matched_tokens=external_tokens)
+
+    # ---- storing ---------------------------------------------------------------------------------------------------
+
+    def orders(self, output: SchedulerOutput) -> StepOrders:
+        """This step's orders to the workers; follows every scheduled request's blocks and full chunks."""
+        cache = self._ready()
+        orders, self._orders = self._orders, StepOrders()
+        if cache is None:
+            return orders
+        orders.space_id = cache.space.id
+        for new in output.scheduled_new_reqs:
+            self._progress(orders, new.req_id, new.block_ids[0], True, new.num_computed_tokens, output)
+        cached = output.scheduled_cached_reqs
+        for i, request_id in enumerate(cached.req_ids):
+            ids = cached.new_block_ids[i]
+            resumed = request_id in cached.resumed_req_ids
+            self._progress(orders, request_id, ids[0] if ids else [], resumed, cached.num_computed_tokens[i], output)
+        self._expire()
+        return orders
+
+    def _progress(
+        self, orders: StepOrders, request_id: str, ids: list[int], fresh: bool, computed: int, output: SchedulerOutput
+    ) -> None:
+        tracked = self._tracked.get(request_id)
+        cache = self._cache
+        if tracked is None or cache is None:
+            return
+        self._unpin(tracked)
+        tracked.blocks = list(ids) if fresh else tracked.blocks + list(ids)
+        request = tracked.request
+        after = min(computed + output.num_scheduled_tokens.get(request_id, 0), len(request.all_token_ids))
+        if self._grid is None or request.num_prompt_tokens < self._settings.store_min_tokens:
+            return
+        hashes = self._hashes(tracked, after)
+        while tracked.next_chunk < len(hashes):
+            self._advance(orders, tracked, hashes, cache)
+        if computed < request.num_prompt_tokens <= after:
+            self._close(orders, tracked)
+
+    def _advance(self, orders: StepOrders, tracked: _Tracked, hashes: list[bytes], cache: OpenCache) -> None:
+        """The next full chunk of a request: known already, or gathered into its growing extent."""
+        chunk, prefix_hash = tracked.next_chunk, hashes[tracked.next_chunk]
+        tracked.next_chunk += 1
+        if prefix_hash in self._pending or cache.index.find(prefix_hash) is not None:
+            self._close(orders, tracked)
+            return
+        per_chunk = self._settings.chunk_tokens // self._facts.block_tokens
+        ids = tracked.blocks[chunk * per_chunk : (chunk + 1) * per_chunk]
+        if len(ids) != per_chunk:
+            self._close(orders, tracked)
+            return
+        growing = tracked.growing
+        if growing is None:
+            self._staging_number += 1
+            growing = tracked.growing = _Growing(f"{self._staging_number}", chunk, [])
+        orders.gathers.append(GatherOrder(growing.staging, len(growing.hashes), prefix_hash, tuple(ids)))
+        growing.hashes.append(prefix_hash)
+        self._pending.add(prefix_hash)
+        if len(growing.hashes) >= self._extent_chunks:
+            self._close(orders, tracked)
+
+    def _close(self, orders: StepOrders, tracked: _Tracked) -> None:
+        """Name the growing extent (born now) and order its upload."""
+        growing, tracked.growing = tracked.growing, None
+        cache, grid = self._cache, self._grid
+        if growing is None or cache is None or grid is None:
+            return
+        name = ExtentName.fresh(growing.hashes[-1], len(growing.hashes), self._codec.id, cache.index.version)
+        first_token = growing.first_chunk * self._settings.chunk_tokens
+        if growing.first_chunk:
+            parent = tracked.hasher.hashes[growing.first_chunk - 1]
+        else:
+            parent = root_hash(cache.space.id, tracked.request.cache_salt or "")[:HASH_BYTES]
+        hashes = b"".join(growing.hashes)
+        deadline = self._clock() + self._settings.store_deadline_s
+        self._uploading[str(name)] = _Uploading(name, grid, parent, first_token, hashes, deadline)
+        orders.uploads.append(UploadOrder(growing.staging, name, grid, first_token, hashes))
+
+    def finished(self, request: Request) -> None:
+        """The request ended, well or not: what it has gathered is stored with the next step."""
+        tracked = self._tracked.pop(request.request_id, None)
+        if tracked is not None:
+            self._unpin(tracked)
+            self._close(self._orders, tracked)
+
+    def _unpin(self, tracked: _Tracked) -> None:
+        if tracked.pins is not None:
+            tracked.pins.__exit__(None, None, None)
+            tracked.pins = None
+
+    # ---- what the workers report -----------------------------------------------------------------------------------
+
+    def reported(self, output: KVConnectorOutput) -> None:
+        report = output.kv_connector_worker_meta
+        if isinstance(report, WorkerReport):
+            self._take_report(report)
+        for request_id in output.failed_recving or ():
+            tracked = self._tracked.get(request_id)
+            if tracked is not None:
+                tracked.may_match = False
+                self._unpin(tracked)
+            self.counters.add(failed_loads=1)
+
+    def _take_report(self, report: WorkerReport) -> None:
+        cache = self._cache
+        for part in report.stored:
+            upload = self._uploading.get(part.name)
+            if upload is not None:
+                upload.shards[part.shard] = StoredShard(part.lengths, part.sums)
+                if len(upload.shards) == upload.grid.shards and cache is not None:
+                    self._publish(cache, self._uploading.pop(part.name))
+        for lost in report.failed:
+            self._give_up(lost.name, f"{lost.kind}: {lost.message}")
+        if report.loads_done:
+            self._pause_s = _PAUSE_FIRST_S
+        for bad in report.bad:
+            logger.warning("load failed, the engine computes instead: %s", bad.message)
+            if bad.unusable and cache is not None:
+                cache.damage.report(ExtentName.parse(bad.extent), bad.message)
+            elif not bad.unusable:
+                self._pause()
+
+    def _pause(self) -> None:
+        now = self._clock()
+        if now >= self._paused_until_s:
+            self._paused_until_s, self._pause_s = now + self._pause_s, min(2 * self._pause_s, _PAUSE_MOST_S)
+
+    def _publish(self, cache: OpenCache, upload: _Uploading) -> None:
+        chunk_bytes = self._facts.group_chunk_bytes(self._settings.chunk_tokens)
+        raw_bytes = chunk_bytes * (len(upload.hashes) // HASH_BYTES)
+        shards = [upload.shards[i] for i in range(upload.grid.shards)]
+        name = str(upload.name)
+        self._publishing[name] = future = cache.publisher.publish(
+            upload.name, upload.grid, upload.parent, upload.first_token, upload.hashes, raw_bytes, shards
+        )
+        future.add_done_callback(lambda f: self._published(name, upload.hashes, f))
+
+    def _published(self, name: str, hashes: bytes, future: Future[Verdict]) -> None:
+        """On a background thread: the commit was acknowledged, judged void, or failed."""
+        self._publishing.pop(name, None)
+        self._forget_pending(hashes)
+        error = future.exception() if not future.cancelled() else None
+        if future.cancelled() or error is not None:
+            self.counters.add(failed_extents=1)
+            logger.warning("extent %s was not committed: %s", name, error or "shut down")
+        elif future.result() is Verdict.VOID:
+            self.counters.add(void_extents=1)
+        else:
+            self.counters.add(stored_extents=1)
+
+    def _give_up(self, name: str, why: str) -> None:
+        upload = self._uploading.pop(name, None)
+        if upload is not None:
+            self._forget_pending(upload.hashes)
+            self.counters.add(failed_extents=1)
+            logger.warning("extent %s is not stored: %s", name, why)
+
+    def _forget_pending(self, hashes: bytes) -> None:
+        self._pending.difference_update(hashes[i : i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES))
+
+    def _expire(self) -> None:
+        now = self._clock()
+        for name in [name for name, upload in self._uploading.items() if now > upload.deadline_s]:
+            self._give_up(name, f"not stored within {self._settings.store_deadline_s} s")
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    def busy(self) -> bool:
+        """Orders not sent or parts not reported: the engine must keep stepping, until the store deadline at most."""
+        self._expire()
+        return bool(self._orders.uploads or self._uploading)
+
+    def fail_load(self, request_id: str) -> None:
+        """A load that vLLM waits for cannot be ordered: have the workers report it failed."""
+        self._orders.fail.append(request_id)
+
+    def failed_orders(self) -> StepOrders:
+        """After an error of ours: every load ordered and not yet sent fails, so that no request waits for ever."""
+        orders, self._orders = self._orders, StepOrders()
+        return StepOrders(fail=[order.request_id for order in orders.loads] + orders.fail)
+
+    def reset(self) -> None:
+        """The engine's weights may have changed: off until the digest is known again."""
+        if self._cache is not None:
+            self._cache.close(1.0)
+            self._cache = None
+        self._orders.discard.extend(t.growing.staging for t in self._tracked.values() if t.growing)
+        self._tracked.clear()
+        self._uploading.clear()
+        self._pending.clear()
+        self._opening.restart()
+
+    def write_stats(self) -> None:
+        facts: dict[str, Any] = {"ready": self._cache is not None, "uploading": len(self._uploading)}
+        facts["publishing"] = len(self._publishing)
+        facts["committed_extents"] = self.counters.total("stored_extents")
+        if self._cache is not None:
+            facts.update(self._cache.facts())
+        self.counters.write(facts)
+
+    def close(self, timeout_s: float) -> None:
+        """Commits under way get `timeout_s` to end; what is not committed then is an orphan for garbage collection."""
+        end = time.monotonic() + timeout_s
+        for future in list(self._publishing.values()):
+            try:
+                future.result(max(0.0, end - time.monotonic()))
+            except (LMCacheS3Error, TimeoutError):
+                continue
+        if self._cache is not None:
+            self._cache.close(max(0.1, end - time.monotonic()))
+        self._opening.close()
+        self.write_stats()

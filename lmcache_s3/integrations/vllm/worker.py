@@ -1,0 +1,281 @@
+"""The worker role: moves KV between this rank's engine blocks and the tiers. No index, no decisions.
+
+Loads run on the transfer's threads and write straight into the engine's blocks; they are reported finished (or failed)
+by `take_finished`. Gathers copy full chunks into staging memory right after the forward that filled them, so the engine
+may reuse its blocks at once; uploads then run in the background. Staging memory is bounded: what does not fit is
+dropped and its extent given up; the engine is never held up.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+from lmcache_s3.codecs.base import KVCodec
+from lmcache_s3.errors import LMCacheS3Error, Unusable
+from lmcache_s3.integrations.vllm.audit import Audit
+from lmcache_s3.integrations.vllm.blocks import EngineBlocks
+from lmcache_s3.integrations.vllm.metadata import (
+    BadChunk,
+    FailedPart,
+    GatherOrder,
+    LoadOrder,
+    StepOrders,
+    StoredPart,
+    UploadOrder,
+    WorkerReport,
+)
+from lmcache_s3.integrations.vllm.model import ModelFacts
+from lmcache_s3.integrations.vllm.stats import Counters
+from lmcache_s3.tiers.stores.counting import CountingStore
+from lmcache_s3.tiers.stores.open import open_store
+from lmcache_s3.transfer import LoadReport, StoredShard, Transfer
+from lmcache_s3.types import HASH_BYTES, Geometry
+
+if TYPE_CHECKING:
+    from lmcache_s3.config import Settings
+    from lmcache_s3.handle import Handle
+
+
+@dataclass
+class _Staged:
+    """Chunks of an extent to be, gathered so far: position → [kv, layer, token, head, channel] of this rank."""
+
+    chunks: dict[int, np.ndarray] = field(default_factory=dict)
+    n_bytes: int = 0
+
+
+class WorkerRole:
+    """One rank. Methods are called by the engine's worker thread; callbacks by the transfer's threads."""
+
+    def __init__(self, facts: ModelFacts, settings: Settings, codec: KVCodec, vllm_config: Any) -> None:
+        self._facts, self._settings, self._codec = facts, settings, codec
+        self._vllm_config = vllm_config
+        self.rank = get_tp_group().rank_in_group + facts.tensor_parallel * get_pp_group().rank_in_group
+        self._tensor_rank = get_tp_group().rank_in_group
+        self._stage = get_pp_group().rank_in_group
+        self._geometry = Geometry(
+            facts.group.kv,
+            facts.group.layers,
+            facts.group.heads,
+            facts.group.head_dim,
+            facts.kv_dtype,
+            settings.chunk_tokens,
+        )
+        self.counters = Counters("worker", self.rank)
+        self._store = CountingStore(open_store(settings.url, options=settings.store_options()))
+        self._transfer: Transfer | None = None
+        self._blocks: EngineBlocks | None = None
+        self._loads: dict[str, tuple[LoadOrder, Handle[LoadReport]]] = {}
+        self._failed_at_once: set[str] = set()
+        self._staging: dict[str, _Staged] = {}
+        self._staged_bytes = 0
+        self._lock = threading.Lock()
+        self._report = WorkerReport()
+        self._audit = Audit.from_environment()
+
+    # ---- set-up ----------------------------------------------------------------------------------------------------
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Learn where the engine keeps what. Raises `Unsupported` or `Invalid` where it cannot be learnt."""
+        self._blocks = EngineBlocks.learn(kv_caches, self._vllm_config, self._facts, self._tensor_rank)
+
+    def _transfer_for(self, space_id: str) -> Transfer:
+        if self._transfer is None:
+            self._transfer = Transfer(
+                self._store,
+                space_id,
+                self._geometry,
+                self._codec,
+                self._settings.make_tiers(space_id, f"rank{self.rank}"),
+                settings=self._settings.transfer_settings(),
+            )
+        return self._transfer
+
+    # ---- loads -----------------------------------------------------------------------------------------------------
+
+    def start_loads(self, orders: StepOrders) -> None:
+        """Begin this step's loads; returns at once. A load that cannot begin is failed, never forgotten."""
+        self._failed_at_once.update(orders.fail)
+        for order in orders.loads:
+            try:
+                self._start_load(order, orders.space_id)
+            except LMCacheS3Error as error:
+                self._note_failure(order, [(0, order.chunks[0].extent.name, error)])
+                self._failed_at_once.add(order.request_id)
+
+    def fail_loads(self, orders: StepOrders) -> None:
+        """Report all of this step's loads failed that did not begin."""
+        self._failed_at_once.update(o.request_id for o in orders.loads if o.request_id not in self._loads)
+
+    def _start_load(self, order: LoadOrder, space_id: str | None) -> None:
+        blocks = self._blocks
+        if blocks is None or space_id is None:
+            self._failed_at_once.add(order.request_id)
+            return
+        chunk_tokens = self._geometry.chunk_tokens
+
+        def sink(chunk: int, layers: range, heads: range, cell: np.ndarray) -> None:
+            first = order.first_chunk_token + chunk * chunk_tokens
+            begin, end = max(first, order.start_token), min(first + chunk_tokens, order.end_token)
+            ids = blocks.ids(order.block_ids, begin - order.start_token, end - order.start_token)
+            blocks.scatter(ids, layers, heads, cell[:, :, begin - first : end - first])
+
+        handle = self._transfer_for(space_id).load(
+            order.chunks, sink, layers=blocks.layers, heads=blocks.heads, deadline_s=self._settings.load_deadline_s
+        )
+        self._loads[order.request_id] = (order, handle)
+
+    def take_finished(self) -> tuple[set[str], set[str]]:
+        """(requests whose load ended, those of them that failed) since the last call; does not block."""
+        failed, self._failed_at_once = self._failed_at_once, set()
+        done = {request_id for request_id, (_, handle) in self._loads.items() if handle.done()}
+        for request_id in done:
+            order, handle = self._loads.pop(request_id)
+            if not self._finish_load(order, handle):
+                failed.add(request_id)
+        return done | failed, failed
+
+    def _finish_load(self, order: LoadOrder, handle: Handle[LoadReport]) -> bool:
+        try:
+            report = handle.result(0)
+        except LMCacheS3Error as error:
+            self._note_failure(order, [(0, order.chunks[0].extent.name, error)])
+            return False
+        if report.failed or report.loaded_chunks != len(order.chunks):
+            self._note_failure(order, report.failed)
+            return False
+        if self._audit is not None and self._blocks is not None:
+            self._audit.loaded(order, self._blocks, self._geometry)
+        with self._lock:
+            self._report.loads_done += 1
+        if self.rank == 0:
+            self.counters.add(loaded_requests=1, loaded_tokens=order.end_token - order.start_token)
+        return True
+
+    def _note_failure(self, order: LoadOrder, failures: Sequence[tuple[int, Any, LMCacheS3Error]]) -> None:
+        bad = [BadChunk(str(name), isinstance(e, Unusable), e.kind, str(e)) for _, name, e in failures]
+        with self._lock:
+            self._report.bad.extend(bad)
+        self.counters.add(bad_chunks=sum(b.unusable for b in bad))
+
+    # ---- stores ----------------------------------------------------------------------------------------------------
+
+    def gather(self, orders: StepOrders) -> None:
+        """Copy full chunks out of the engine's blocks; called after the forward that filled them."""
+        for key in orders.discard:
+            self._forget(key)
+        if self._blocks is None or not self._facts.writes(self._tensor_rank):
+            return
+        for order in orders.gathers:
+            self._gather_one(order, self._blocks)
+        for upload in orders.uploads:
+            self._start_upload(upload, orders.space_id)
+
+    def _gather_one(self, order: GatherOrder, blocks: EngineBlocks) -> None:
+        n_bytes = blocks.chunk_bytes(self._geometry)
+        with self._lock:
+            staged = self._staging.setdefault(order.staging, _Staged())
+            fits = self._staged_bytes + n_bytes <= self._settings.staging_bytes
+            if fits:
+                staged.n_bytes += n_bytes
+                self._staged_bytes += n_bytes
+        if not fits:  # the upload that follows finds a chunk missing and gives the extent up
+            self.counters.add(dropped_chunks=1)
+            return
+        ids = blocks.ids(order.block_ids, 0, self._geometry.chunk_tokens)
+        chunk = blocks.gather(ids)
+        staged.chunks[order.position] = chunk
+        if self._audit is not None:
+            self._audit.stored(order, chunk, blocks)
+
+    def _start_upload(self, order: UploadOrder, space_id: str | None) -> None:
+        staged = self._staging.get(order.staging) or _Staged()
+        n_chunks = len(order.hashes) // HASH_BYTES
+        if space_id is None or self._blocks is None or set(staged.chunks) != set(range(n_chunks)):
+            self._forget(order.staging)
+            self._fail(order, "full", "a chunk was dropped: staging memory was full")
+            return
+        chunks = [staged.chunks[i] for i in range(n_chunks)]
+        mine = [s for s in range(order.grid.shards) if self._blocks.covers(self._geometry, order.grid, s)]
+        waiting = set(mine)
+
+        def finished(shard: int, handle: Handle[StoredShard]) -> None:
+            try:
+                part = handle.result(0)
+            except LMCacheS3Error as error:
+                self._fail(order, error.kind, str(error))
+            else:
+                with self._lock:
+                    self._report.stored.append(StoredPart(str(order.name), shard, part.lengths, part.sums))
+                self.counters.add(stored_chunks=n_chunks)
+            with self._lock:
+                waiting.discard(shard)
+                last = not waiting
+            if last:
+                self._forget(order.staging)
+
+        for shard in mine:
+            heads = self._blocks.local_heads(self._geometry.cell_heads(order.grid, shard))
+            handle = self._transfer_for(space_id).upload_shard(
+                order.name,
+                order.grid,
+                shard,
+                order.first_token,
+                order.hashes,
+                [chunk[:, :, :, heads.start : heads.stop] for chunk in chunks],
+                deadline_s=self._settings.store_deadline_s,
+            )
+            handle.add_done_callback(lambda h, s=shard: finished(s, h))
+
+    def _fail(self, order: UploadOrder, kind: str, message: str) -> None:
+        with self._lock:
+            self._report.failed.append(FailedPart(str(order.name), kind, message))
+
+    def _forget(self, staging: str) -> None:
+        with self._lock:
+            staged = self._staging.pop(staging, None)
+            if staged is not None:
+                self._staged_bytes -= staged.n_bytes
+
+    # ---- reports ---------------------------------------------------------------------------------------------------
+
+    def take_report(self) -> WorkerReport | None:
+        with self._lock:
+            report, self._report = self._report, WorkerReport()
+        self.write_stats()
+        return report or None
+
+    def write_stats(self) -> None:
+        counts = self._store.counts
+        self.counters.write(
+            {
+                "loaded_bytes": self._store.read_bytes,
+                "stored_bytes": self._store.written_bytes,
+                "load_requests": counts["get"] + counts["get_into"],
+                "store_puts": counts["put"] + counts["create"],
+                "staged_bytes": self._staged_bytes,
+            }
+        )
+
+    def busy(self) -> bool:
+        return bool(self._loads or self._staging)
+
+    def close(self, timeout_s: float) -> None:
+        """Wait for uploads under way, at most `timeout_s`, then let go."""
+        end = time.monotonic() + timeout_s
+        while self._staging and time.monotonic() < end:
+            time.sleep(0.01)
+        if self._transfer is not None:
+            self._transfer.close()
+        self._store.close()
+        self.write_stats()
+        if self._audit is not None:
+            self._audit.close()
