@@ -6,7 +6,7 @@ the scheduler's; where the attention kernels use smaller blocks than the schedul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,11 @@ class EngineBlocks:
 
     @classmethod
     def learn(
-        cls, kv_caches: dict[str, torch.Tensor], vllm_config: Any, facts: ModelFacts, tensor_rank: int
+        cls,
+        kv_caches: dict[str, torch.Tensor],
+        attention_layers: Mapping[str, Any],
+        facts: ModelFacts,
+        tensor_rank: int,
     ) -> EngineBlocks:
         names, layers = rank_layers(list(kv_caches))
         views = [kv_caches[name] for name in names]
@@ -48,8 +52,7 @@ class EngineBlocks:
                     f"engine layer {name}: {tuple(view.shape)} is not [block, {len(heads)} heads, slot, content]",
                     kind="engine",
                 )
-        attention = vllm_config.compilation_config.static_forward_context[names[0]]
-        plane = learn_plane_map(attention, views[0], facts.group.head_dim)
+        plane = learn_plane_map(attention_layers[names[0]], views[0], facts.group.head_dim)
         if plane.index.shape[0] != facts.group.kv or facts.block_tokens % plane.slots:
             raise Invalid(f"engine blocks of {plane.slots} slots do not divide {facts.block_tokens}", kind="engine")
         on_host = views[0].device.type == "cpu"

@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     SupportsHMA,
 )
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
 from lmcache_s3.config import load_settings
 from lmcache_s3.errors import Invalid, LMCacheS3Error
@@ -99,7 +100,14 @@ class LMCacheS3Connector(KVConnectorBase_V1, SupportsHMA):
             self._scheduler = SchedulerRole(facts, settings, codec, opening)
         else:
             check_store(settings)
-            self._worker = WorkerRole(facts, settings, codec, vllm_config)
+            self._worker = WorkerRole(
+                facts,
+                settings,
+                codec,
+                attention_layers=vllm_config.compilation_config.static_forward_context,
+                tensor_rank=get_tp_group().rank_in_group,
+                stage=get_pp_group().rank_in_group,
+            )
 
     def _count_error(self, hook: str, error: Exception) -> None:
         counters = self._scheduler.counters if self._scheduler else self._worker.counters if self._worker else None

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
 from lmcache_s3.codecs.base import KVCodec
 from lmcache_s3.errors import LMCacheS3Error, Unusable
@@ -55,12 +54,21 @@ class _Staged:
 class WorkerRole:
     """One rank. Methods are called by the engine's worker thread; callbacks by the transfer's threads."""
 
-    def __init__(self, facts: ModelFacts, settings: Settings, codec: KVCodec, vllm_config: Any) -> None:
+    def __init__(
+        self,
+        facts: ModelFacts,
+        settings: Settings,
+        codec: KVCodec,
+        *,
+        attention_layers: Mapping[str, Any],
+        tensor_rank: int = 0,
+        stage: int = 0,
+    ) -> None:
+        """attention_layers: vLLM's layers by name, to learn from where they keep what."""
         self._facts, self._settings, self._codec = facts, settings, codec
-        self._vllm_config = vllm_config
-        self.rank = get_tp_group().rank_in_group + facts.tensor_parallel * get_pp_group().rank_in_group
-        self._tensor_rank = get_tp_group().rank_in_group
-        self._stage = get_pp_group().rank_in_group
+        self._attention_layers = attention_layers
+        self._tensor_rank = tensor_rank
+        self.rank = tensor_rank + facts.tensor_parallel * stage
         self._geometry = Geometry(
             facts.group.kv,
             facts.group.layers,
@@ -85,7 +93,7 @@ class WorkerRole:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn where the engine keeps what. Raises `Unsupported` or `Invalid` where it cannot be learnt."""
-        self._blocks = EngineBlocks.learn(kv_caches, self._vllm_config, self._facts, self._tensor_rank)
+        self._blocks = EngineBlocks.learn(kv_caches, self._attention_layers, self._facts, self._tensor_rank)
 
     def _transfer_for(self, space_id: str) -> Transfer:
         if self._transfer is None:

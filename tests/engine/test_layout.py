@@ -1,0 +1,77 @@
+"""The plane map is learnt by writing through a real attention backend's cache update, and then reads true."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm", reason="the real vLLM is needed: make setup")
+
+from lmcache_s3.errors import Invalid  # noqa: E402
+from lmcache_s3.integrations.vllm.layout import host_layer, learn_plane_map  # noqa: E402
+from lmcache_s3.kernels import paged  # noqa: E402
+
+pytestmark = pytest.mark.engine
+
+
+def cpu_attention(block: int, head_dim: int, dtype: torch.dtype, cache_dtype: str = "auto") -> Any:
+    """vLLM's CPU attention, as far as its cache update needs it: the real method over the real kernel."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl, _get_attn_isa
+
+    class Impl(CPUAttentionBackendImpl):
+        def __init__(self) -> None:
+            self.attn_type, self.kv_cache_dtype = "decoder", cache_dtype
+
+    isa = _get_attn_isa(dtype, block, head_dim, cache_dtype)
+    return SimpleNamespace(impl=Impl(), isa=isa, _k_scale_float=1.0, _v_scale_float=1.0, dtype=dtype)
+
+
+@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_the_engine_writes_is_read_at_its_true_place(block: int, head_dim: int, dtype: torch.dtype) -> None:
+    heads, n_blocks = 3, 4
+    attention = cpu_attention(block, head_dim, dtype)
+    cache = torch.zeros(n_blocks, heads, block, 2 * head_dim, dtype=dtype)
+    plane = learn_plane_map(attention, cache, head_dim)
+    assert not cache.any(), "the engine's own cache is never touched"
+
+    generator = torch.Generator().manual_seed(7)
+    tokens = 2 * block
+    k, v = (torch.randn(tokens, heads, head_dim, generator=generator).to(dtype) for _ in range(2))
+    block_ids = [3, 1]
+    slots = torch.cat([torch.arange(block) + b * block for b in block_ids])
+    attention.impl.do_kv_cache_update(attention, k, v, cache, slots)
+    layer = host_layer(cache, plane)
+    out = np.zeros((2, tokens, heads, head_dim), dtype=layer.flat.dtype)
+    paged.gather(layer, np.array(block_ids), 0, out)
+    truth = torch.stack([k, v]).view({2: torch.uint16, 4: torch.uint32}[dtype.itemsize]).numpy()
+    assert np.array_equal(out, truth)
+
+    copy = torch.zeros_like(cache)
+    paged.scatter(host_layer(copy, plane), np.array(block_ids), 0, out)
+    assert torch.equal(copy, cache)
+
+
+def test_a_backend_that_mixes_heads_is_refused() -> None:
+    class Impl:
+        def do_kv_cache_update(self, layer: Any, k: Any, v: Any, cache: torch.Tensor, slots: Any) -> None:
+            cache[1, 0] = 1  # everything in one head
+
+    attention = SimpleNamespace(impl=Impl(), dtype=torch.bfloat16)
+    with pytest.raises(Invalid, match="keep"):
+        learn_plane_map(attention, torch.zeros(2, 2, 8, 16, dtype=torch.bfloat16), 8)
+
+
+def test_a_backend_that_writes_past_its_block_is_refused() -> None:
+    class Impl:
+        def do_kv_cache_update(self, layer: Any, k: Any, v: Any, cache: torch.Tensor, slots: Any) -> None:
+            cache += 1
+
+    attention = SimpleNamespace(impl=Impl(), dtype=torch.bfloat16)
+    with pytest.raises(Invalid, match="outside its block"):
+        learn_plane_map(attention, torch.zeros(2, 2, 8, 16, dtype=torch.bfloat16), 8)
