@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -32,7 +33,7 @@ from lmcache_s3.integrations.vllm.stats import ConnectorPromMetrics, ConnectorSt
 from lmcache_s3.integrations.vllm.worker import WorkerRole
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
@@ -66,6 +67,20 @@ def _guarded(default: Callable[[LMCacheS3Connector], Any]) -> Callable[[_Hook], 
     return wrap
 
 
+def _check_failure_policy(own: KVTransferConfig) -> None:
+    """vLLM's default fails a request whose load failed. Inside MultiConnector the scheduler obeys the top level's."""
+    top = get_current_vllm_config_or_none()
+    for transfer in (own, top.kv_transfer_config if top is not None else None):
+        if transfer is not None and transfer.kv_load_failure_policy != "recompute":
+            raise Invalid(
+                f"kv_load_failure_policy: '{transfer.kv_load_failure_policy}' would fail requests whenever the store "
+                'does; write "kv_load_failure_policy":"recompute" in --kv-transfer-config (with MultiConnector: at the '
+                "top and at this connector)",
+                kind="setting",
+                key="kv_load_failure_policy",
+            )
+
+
 class LMCacheS3Connector(KVConnectorBase_V1, SupportsHMA):
     """One engine process's end of the cache: the scheduler role or a worker role.
 
@@ -79,14 +94,7 @@ class LMCacheS3Connector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerRole | None = None
         self._said: set[str] = set()
         transfer = self._kv_transfer_config
-        if transfer.kv_load_failure_policy != "recompute":
-            raise Invalid(
-                f"kv_load_failure_policy: '{transfer.kv_load_failure_policy}' would fail requests whenever the store "
-                'does; write "kv_load_failure_policy":"recompute" in --kv-transfer-config (inside MultiConnector at '
-                "the top and at this connector)",
-                kind="setting",
-                key="kv_load_failure_policy",
-            )
+        _check_failure_policy(transfer)
         settings = load_settings(**transfer.kv_connector_extra_config)
         codec = settings.make_codec()
         try:

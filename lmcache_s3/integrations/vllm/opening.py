@@ -137,8 +137,16 @@ class Opening:
     def _open(self) -> OpenCache:
         settings = self._settings
         raw = open_store(settings.url, options=settings.store_options())
-        raw.check()
         store = CountingStore(raw)
+        try:
+            raw.check()
+            return self._open_in(store)
+        except BaseException:
+            store.close()
+            raise
+
+    def _open_in(self, store: CountingStore) -> OpenCache:
+        settings = self._settings
         weights = settings.weights_digest or weights_digest(self._facts.path, revision=self._facts.revision)
         space = self._facts.space(weights, settings, fidelity_class(self._codec, settings.max_kl))
         index = Index.open(store, space, settings=settings.index_settings())
