@@ -51,7 +51,7 @@ class ObjectStore(Protocol):
         ...
 
     def list(self, prefix: str, start_after: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
-        """Objects whose key begins with `prefix` and sorts (by code point) after `start_after`; in order, lazily paged."""
+        """Objects whose key begins with `prefix` and sorts after `start_after`; in code point order, lazily paged."""
         ...
 
     def close(self) -> None:
