@@ -1,0 +1,443 @@
+"""All settings of the cache: one frozen schema, from code, environment and a YAML file.
+
+Precedence: keyword arguments (also vLLM's `kv_connector_extra_config` and the command line's options), then
+`LMCACHE_S3_<NAME>`, then the YAML file (`settings_file`, else `LMCACHE_S3_CONFIG`), then the defaults. Unknown names
+are errors everywhere (in the environment only near misses: schedulers put variables of their own there).
+
+`load_settings` raises `Invalid` (setting) with one line that names the setting, the value and the mend. No I/O but
+reading the YAML file; nothing heavy is imported until a method needs it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ByteSize, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError
+
+from lmcache_s3.codecs.registry import CODEC_IDS, make_codec
+from lmcache_s3.errors import Invalid
+
+if TYPE_CHECKING:
+    from lmcache_s3.codecs.base import KVCodec
+    from lmcache_s3.index.service import IndexSettings
+    from lmcache_s3.tiers.base import Tier
+    from lmcache_s3.tiers.stores.open import StoreOptions
+    from lmcache_s3.transfer import TransferSettings
+
+ENV_PREFIX = "LMCACHE_S3_"
+FILE_VARIABLE = "LMCACHE_S3_CONFIG"
+_MAX_FILE_BYTES = 1 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+def _no_bool(value: object) -> object:
+    # YAML's `yes` and JSON's `true` are no numbers, though Python thinks so.
+    if isinstance(value, bool):
+        raise ValueError("a truth value")  # noqa: TRY004 (pydantic turns only ValueError into its own report)
+    return value
+
+
+Size = Annotated[ByteSize, BeforeValidator(_no_bool)]
+Count = Annotated[int, BeforeValidator(_no_bool)]
+Number = Annotated[float, BeforeValidator(_no_bool)]
+
+
+def _field(default: Any, description: str, *, what: str, mend: str, **constraints: Any) -> Any:
+    """A setting. what, mend: how its error reads: `name: value is not <what>; <mend>`."""
+    return Field(default, description=description, json_schema_extra={"what": what, "mend": mend}, **constraints)
+
+
+def _text(description: str, mend: str) -> Any:
+    return _field(None, description, what="a text", mend=mend, min_length=1)
+
+
+def _size(default: str, description: str) -> Any:
+    return _field(default, description, what="a size", mend=f"write for example {default}", gt=0)
+
+
+def _budget(default: str | None, description: str) -> Any:
+    return _field(default, description, what="a size", mend="write for example 4GiB", ge=0)
+
+
+def _seconds(default: float, description: str) -> Any:
+    return _field(
+        default,
+        description,
+        what="a number of seconds above 0",
+        mend=f"write for example {default:g}",
+        gt=0,
+        le=86_400,
+        allow_inf_nan=False,
+    )
+
+
+def _switch(description: str) -> Any:
+    return _field(False, description, what="true or false", mend="write true or false")
+
+
+class Settings(BaseSettings):
+    """Where the cache lies, what it may use, and what it promises. Sizes take units (`512MiB`, `4GB`), times are in
+    seconds."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_ignore_empty=True, env_parse_none_str="null"
+    )
+
+    # --- where ----------------------------------------------------------------------------------------------------
+    url: str = _field(
+        ...,
+        "Root of the cache: `s3://bucket/prefix`, `file:///path`, `memory://name`, or any fsspec URL (`gs://` …). "
+        "Everyone who shares it shares the cache.",
+        what="a URL",
+        mend="write for example s3://bucket/prefix",
+        min_length=1,
+    )
+    endpoint_url: str | None = _text(
+        "Address of an S3-compatible service; left out, AWS. Each request pays the round trip to it.",
+        "write for example http://127.0.0.1:9000",
+    )
+    region: str | None = _text(
+        "Region of the bucket. Reading from another region costs $0.02/GB and tens of milliseconds a request on AWS.",
+        "write for example eu-central-1",
+    )
+    addressing_style: Literal["auto", "path", "virtual"] = _field(
+        "auto",
+        "How S3 buckets are addressed; most self-hosted services want `path`. Costs nothing.",
+        what="auto, path or virtual",
+        mend="write path for a self-hosted service",
+    )
+    ca_bundle: Path | None = _field(
+        None,
+        "File of CA certificates that the endpoint's certificate is checked against. Costs nothing.",
+        what="a path",
+        mend="name a PEM file",
+    )
+    profile: str | None = _text(
+        "Profile in the AWS configuration files to take credentials from. Costs nothing.", "name a profile"
+    )
+    storage_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Passed on to fsspec for URLs that it opens (not s3:// or file://). Costs nothing.",
+        json_schema_extra={"what": "a mapping", "mend": 'write for example {"token": "anon"}'},
+        repr=False,
+    )
+
+    # --- what is stored -------------------------------------------------------------------------------------------
+    codec: str = _field(
+        "fast",
+        "How KV is coded in the bucket: `fast`, `torch`, `safetensors` are exact and cost its full size; `cachegen` is "
+        "lossy, several times smaller, and shares nothing with exact caches.",
+        what="a codec",
+        mend=f"choose one of {', '.join(CODEC_IDS)}",
+    )
+    codec_level: str | None = _text(
+        "Setting of a lossy codec; left out, the codec's own. Coarser is smaller and further from the exact answer.",
+        "leave it out for the codec's own",
+    )
+    max_kl: Number | None = _field(
+        None,
+        "Worst next-token KL divergence admitted, nats per token: refuses codecs that nobody measured to be as good. "
+        "Each bound is a space of its own, so changing it starts an empty cache.",
+        what="a number above 0",
+        mend="write for example 0.02",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    chunk_tokens: Count = _field(
+        256,
+        "Tokens per chunk, the unit of matching; a multiple of the engine's block size. Smaller chunks waste fewer "
+        "tokens at the end of a match (half a chunk a prompt) and cost more index (about 33 bytes each). Changing it "
+        "starts an empty cache.",
+        what="a whole number from 1 to 65536",
+        mend="write for example 256",
+        ge=1,
+        le=65_536,
+    )
+    head_groups: Count | None = _field(
+        None,
+        "Groups of KV heads stored as separate objects; left out, the writer's tensor-parallel size. More groups cost "
+        "a PUT each per extent, and let ranks of a larger fleet read only their own heads.",
+        what="a whole number above 0",
+        mend="leave it out for the tensor-parallel size",
+        ge=1,
+        le=1024,
+    )
+    extent_bytes: Size = _size(
+        "256MiB", "Largest object written. Larger extents cost fewer PUTs ($5 per million on AWS) and more memory each."
+    )
+    store_min_tokens: Count = _field(
+        0,
+        "Prompts shorter than this are not stored. Storing costs 3 PUTs and the prompt's KV in bytes.",
+        what="a whole number, 0 or more",
+        mend="write for example 512",
+        ge=0,
+    )
+    weights_digest: str | None = _field(
+        None,
+        "SHA-256 that stands for the model's weights; left out, it is computed once from the files (the cache is off "
+        "until then). Stated wrongly, it serves wrong KV.",
+        what="64 hex digits",
+        mend="leave it out to have it computed",
+    )
+
+    # --- tiers and memory -----------------------------------------------------------------------------------------
+    device_bytes: Size | None = _budget(
+        None, "Device memory for stored cells, taken from what the engine could use; null: no such tier."
+    )
+    host_bytes: Size | None = _budget(
+        "1GiB", "Host memory for stored cells, in each engine process; null: every load goes to disk or bucket."
+    )
+    disk_bytes: Size | None = _budget(None, "Local disk for stored cells, needs `disk_path`; null: no such tier.")
+    disk_path: Path | None = _field(
+        None,
+        "Directory of the disk tier, on a fast local disk; a network disk costs what the bucket costs.",
+        what="a path",
+        mend="write for example /var/cache/lmcache-s3",
+    )
+    staging_bytes: Size = _size(
+        "512MiB", "Most host memory for KV on its way in or out; where it does not suffice, stores are dropped first."
+    )
+    io_threads: Count = _field(
+        8,
+        "Threads for requests and coding, in each process. More hide the store's latency and cost the engine CPU.",
+        what="a whole number from 1 to 256",
+        mend="write for example 8",
+        ge=1,
+        le=256,
+    )
+
+    # --- time -----------------------------------------------------------------------------------------------------
+    poll_s: Number = _seconds(
+        2.0, "How often others' work is looked for. One GET each time: 2 s cost $0.018 a day and instance on AWS."
+    )
+    load_deadline_s: Number = _seconds(30.0, "A load that takes longer is given up and the engine computes.")
+    store_deadline_s: Number = _seconds(
+        60.0, "A store that takes longer is dropped; its KV is computed again some day."
+    )
+    connect_timeout_s: Number = _seconds(5.0, "Longest wait for a connection; a dead store costs a load this much.")
+    request_timeout_s: Number = _seconds(30.0, "Longest wait for one request's answer.")
+
+    # --- sharing --------------------------------------------------------------------------------------------------
+    read_only: bool = _switch("Load only: nothing is stored, no permission to write is needed.")
+    single_writer: bool = _switch(
+        "Admit a store without put-if-absent: the operator promises that one process at a time writes. Two writers "
+        "lose each other's entries."
+    )
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, value: str) -> str:
+        if value not in CODEC_IDS:
+            raise ValueError(_unknown(value, "codec", CODEC_IDS))
+        return value
+
+    @field_validator("weights_digest")
+    @classmethod
+    def _sha256(cls, value: str | None) -> str | None:
+        if value is not None and _SHA256.fullmatch(value) is None:
+            raise ValueError(f"{value[:80]!r} is not 64 hex digits; leave it out to have it computed")
+        return value
+
+    @field_validator("device_bytes", "host_bytes", "disk_bytes")
+    @classmethod
+    def _not_nothing(cls, value: ByteSize | None) -> ByteSize | None:
+        if value == 0:
+            raise ValueError("0 would keep nothing; leave it out (null) to switch this tier off")
+        return value
+
+    @model_validator(mode="after")
+    def _disk_is_whole(self) -> Settings:
+        if self.disk_bytes is not None and self.disk_path is None:
+            raise ValueError(
+                f"disk_path: missing; disk_bytes: {self.disk_bytes} needs a directory, say /var/cache/lmcache-s3"
+            )
+        if self.disk_path is not None and self.disk_bytes is None:
+            raise ValueError(f"disk_bytes: missing; disk_path: '{self.disk_path}' needs a budget, for example 100GiB")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Keyword arguments, environment, YAML file. No .env and no secrets directory."""
+        assert isinstance(init_settings, InitSettingsSource)
+        named = init_settings.init_kwargs.pop("settings_file", None) or os.environ.get(FILE_VARIABLE)
+        from_file = _read_file(Path(named)) if named else {}
+        return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
+
+    def store_options(self) -> StoreOptions:
+        """For `open_store(settings.url, options=…)`."""
+        from lmcache_s3.tiers.stores.open import StoreOptions
+
+        return StoreOptions(
+            endpoint_url=self.endpoint_url,
+            region=self.region,
+            addressing_style=self.addressing_style,
+            ca_bundle=None if self.ca_bundle is None else str(self.ca_bundle),
+            profile=self.profile,
+            storage_options=self.storage_options,
+            connect_timeout_s=self.connect_timeout_s,
+            request_timeout_s=self.request_timeout_s,
+            max_connections=max(16, 2 * self.io_threads),
+        )
+
+    def make_codec(self) -> KVCodec:
+        """The codec to store with. Raises `Invalid` for a level it does not have or a package that is missing."""
+        return make_codec(self.codec, None if self.codec_level is None else {"level": self.codec_level})
+
+    def index_settings(self) -> IndexSettings:
+        from lmcache_s3.index.service import IndexSettings
+
+        return IndexSettings(poll_s=self.poll_s, read_only=self.read_only, single_writer=self.single_writer)
+
+    def transfer_settings(self) -> TransferSettings:
+        from lmcache_s3.transfer import TransferSettings
+
+        return TransferSettings(threads=self.io_threads, staging_bytes=self.staging_bytes)
+
+    def make_tiers(self, space_id: str, owner: str) -> list[Tier]:
+        """The tiers in front of the bucket, fast → slow, as budgeted. owner: names this process's part of the disk
+        tier, for example its rank."""
+        tiers: list[Tier] = []
+        if self.host_bytes is not None:
+            from lmcache_s3.tiers.host import HostTier
+
+            tiers.append(HostTier(self.host_bytes))
+        return tiers
+
+
+def load_settings(**arguments: Any) -> Settings:
+    """The settings in force; see the module for where they come from. `settings_file=`: the YAML file.
+
+    Raises `Invalid` (setting), one line.
+    """
+    _check_environment()
+    try:
+        return Settings(**arguments)
+    except ValidationError as e:
+        raise _invalid(e) from e
+    except SettingsError as e:
+        raise Invalid(f"{_variable_of(e)}: its value is not JSON; write a JSON object", kind="setting") from e
+
+
+def _unknown(name: str, what: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+    return f"{name[:80]!r} is no {what}; {mend}" if what != "setting" else f"{name[:80]}: unknown setting; {mend}"
+
+
+def _names() -> tuple[str, ...]:
+    return tuple(Settings.model_fields)
+
+
+def _check_environment() -> None:
+    """Refuse near misses of our variables; Kubernetes, for one, sets LMCACHE_S3_PORT beside a service of our name."""
+    for variable in os.environ:
+        if not variable.startswith(ENV_PREFIX) or variable == FILE_VARIABLE:
+            continue
+        name = variable.removeprefix(ENV_PREFIX).lower()
+        near = difflib.get_close_matches(name, _names(), n=1, cutoff=0.8)
+        if near and near[0] != name:
+            raise Invalid(
+                f"{variable}: unknown setting; did you mean {ENV_PREFIX}{near[0].upper()}?", kind="setting", key=name
+            )
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        size = path.stat().st_size
+        if size > _MAX_FILE_BYTES:
+            raise Invalid(f"settings file {path}: {size} bytes are no settings", kind="setting", key="settings_file")
+        document = yaml.safe_load(path.read_bytes())
+    except OSError as e:
+        raise Invalid(
+            f"settings file {path}: cannot be read ({e.strerror}); mend settings_file or {FILE_VARIABLE}",
+            kind="setting",
+            key="settings_file",
+        ) from e
+    except (yaml.YAMLError, RecursionError) as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(e, "problem", None) or type(e).__name__
+        raise Invalid(
+            f"settings file {path}:{line} is not YAML ({problem})", kind="setting", key="settings_file"
+        ) from e
+    if document is None:
+        return {}
+    if not isinstance(document, Mapping) or not all(isinstance(k, str) for k in document):
+        raise Invalid(
+            f"settings file {path}: not a mapping; write lines such as `url: s3://bucket/prefix`",
+            kind="setting",
+            key="settings_file",
+        )
+    return dict(document)
+
+
+def _invalid(error: ValidationError) -> Invalid:
+    """The first problem, unknown names before wrong values, as our one line."""
+    found = sorted(error.errors(include_url=False, include_context=False), key=lambda e: e["type"] != "extra_forbidden")
+    first = found[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    if first["type"] == "extra_forbidden":
+        return Invalid(_unknown(name, "setting", _names()), kind="setting", key=name)
+    own = first["msg"].removeprefix("Value error, ") if first["type"] == "value_error" else None
+    if not name:
+        text = own or first["msg"]
+        return Invalid(text, kind="setting", key=text.partition(":")[0])
+    what, mend = _hints(Settings.model_fields[name])
+    if first["type"] == "missing":
+        text = f"missing; {mend}"
+    elif own is not None and own != "a truth value":
+        text = own
+    else:
+        # storage_options may hold secrets: their value is not shown.
+        value = "its value" if name == "storage_options" else _shown(first["input"])
+        text = f"{value} is not {what}; {mend}"
+    return Invalid(" ".join(f"{name}: {text}".split()), kind="setting", key=name)
+
+
+def _hints(info: FieldInfo) -> tuple[str, str]:
+    hints = info.json_schema_extra
+    assert isinstance(hints, dict)
+    return str(hints["what"]), str(hints["mend"])
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def _variable_of(error: SettingsError) -> str:
+    found = re.search(r'field "(\w+)"', str(error))
+    return ENV_PREFIX + found[1].upper() if found else "environment"
+
+
+def settings_table() -> str:
+    """Every setting as a Markdown table: name, default, what it does and costs."""
+    lines = ["| setting | default | what it does, and what it costs |", "|---|---|---|"]
+    for name, info in Settings.model_fields.items():
+        default = "required" if info.is_required() else _default_text(info.get_default(call_default_factory=True))
+        lines.append(f"| `{name}` | {default} | {(info.description or '').replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _default_text(value: object) -> str:
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if value is None:
+        return "–"
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
