@@ -13,6 +13,7 @@ import asyncio
 import heapq
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -61,10 +62,16 @@ class Work(Generic[T]):
                 self._gate.notify_all()
         return True
 
+    def advance(self, n_bytes: int) -> None:
+        """Progress without a delivery."""
+        with self._gate:
+            self.done_bytes += n_bytes
+
     def finish(self, result: T) -> bool:
         """End with a result; False if it had ended already."""
         if not self._close():
             return False
+        self._on_abort = None  # it may hold the caller's buffers
         self._future.set_result(result)
         return True
 
@@ -72,6 +79,7 @@ class Work(Generic[T]):
         """End with an error; False if it had ended already."""
         if not self._close():
             return False
+        self._on_abort = None
         self._future.set_exception(error)
         return True
 
@@ -79,11 +87,12 @@ class Work(Generic[T]):
         """End early: with what `on_abort` makes of it, else with the error; False if it had ended already."""
         if not self._close():
             return False
-        if self._on_abort is None:
+        on_abort, self._on_abort = self._on_abort, None
+        if on_abort is None:
             self._future.set_exception(error)
             return True
         try:
-            result = self._on_abort(error)
+            result = on_abort(error)
         except LMCacheS3Error as e:
             self._future.set_exception(e)
         else:
@@ -129,6 +138,10 @@ class Handle(Generic[T]):
                 raise
             raise Unavailable(f"no result after {timeout_s} s", kind="timeout") from None
 
+    def error(self) -> BaseException | None:
+        """What it ended with instead of a result; None if it has one, or is not done."""
+        return self._future.exception() if self._future.done() else None
+
     def cancel(self) -> bool:
         """End the work now: `result` raises `Unavailable(cancelled)`. False if it was done already."""
         return self._work.fail(Unavailable("cancelled by its caller", kind="cancelled"))
@@ -161,7 +174,8 @@ class Deadlines:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._changed = threading.Condition()
-        self._heap: list[tuple[float, int, float, Work]] = []
+        # Weak: work that is over, and the buffers its callbacks hold, must not linger until its deadline.
+        self._heap: list[tuple[float, int, float, weakref.ref[Work]]] = []
         self._count = 0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="lmcache-s3-deadlines", daemon=True)
@@ -170,23 +184,26 @@ class Deadlines:
     def watch(self, work: Work, deadline_s: float) -> None:
         """Abort `work` with `Unavailable(timeout)` in `deadline_s` seconds unless it is over by then."""
         with self._changed:
-            heapq.heappush(self._heap, (self._clock() + deadline_s, self._count, deadline_s, work))
+            heapq.heappush(self._heap, (self._clock() + deadline_s, self._count, deadline_s, weakref.ref(work)))
             self._count += 1
             self._changed.notify()
 
     def _run(self) -> None:
         while True:
-            due: list[tuple[float, Work]] = []
+            due: list[tuple[float, weakref.ref[Work]]] = []
             with self._changed:
-                while self._heap and (self._heap[0][3].over or self._heap[0][0] <= self._clock()):
-                    _, _, deadline_s, work = heapq.heappop(self._heap)
-                    due.append((deadline_s, work))
+                while self._heap and self._heap[0][0] <= self._clock():
+                    _, _, deadline_s, ref = heapq.heappop(self._heap)
+                    due.append((deadline_s, ref))
                 if not due:
                     if self._closed:
                         return
                     self._changed.wait(max(0.0, self._heap[0][0] - self._clock()) if self._heap else None)
-            for deadline_s, work in due:
-                work.abort(Unavailable(f"not done within {deadline_s:g} s", kind="timeout"))
+            for deadline_s, ref in due:
+                work = ref()
+                if work is not None:
+                    work.abort(Unavailable(f"not done within {deadline_s:g} s", kind="timeout"))
+                del work
 
     def close(self) -> None:
         with self._changed:
