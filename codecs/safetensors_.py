@@ -7,7 +7,7 @@ Raises `Unusable` (header's kinds, payload, shape) when decoding, `Invalid` for 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors import SafetensorError, TensorSpec, deserialize, serialize
@@ -27,6 +27,7 @@ _DTYPES = {
     "float8_e5m2": "F8_E5M2",
 }
 _LENGTH_BYTES = 8
+_deserialize: Any = deserialize  # untyped in the library's stubs
 _MAX_JSON_BYTES = 1024
 """One tensor's description takes about a hundred bytes; longer ones are refused before they are parsed."""
 
@@ -57,7 +58,7 @@ class SafetensorsCodec(KVCodec):
         if json_bytes > _MAX_JSON_BYTES:
             raise Unusable(f"safetensors description of {json_bytes} bytes", kind="payload")
         try:
-            tensors = deserialize(bytes(payload))
+            tensors = _deserialize(bytes(payload))
         except SafetensorError as error:
             raise Unusable(f"payload is no safetensors file: {error}", kind="payload") from error
         if [name for name, _ in tensors] != [TENSOR]:

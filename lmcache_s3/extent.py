@@ -1,6 +1,6 @@
-"""An extent as a Zarr v3 array: the metadata, the shard objects, and a reader with the cache's true data types.
+"""An extent as a Zarr v3 array: the metadata and the shard objects, as bytes.
 
-Pure bytes ↔ values, except `open_extent`, which reads through zarr. FORMAT.md gives the layout byte by byte.
+Pure. FORMAT.md gives the layout byte by byte; `open_extent` reads one with the cache's true data types.
 Invariant: `zarr.json` is a function of its `lmcache_s3` attributes; a document that differs from what they ask for is
 refused. Raises `Unusable` for stored bytes that cannot be used (`Missing` where nothing is stored), `Invalid` for
 arguments.
@@ -22,6 +22,7 @@ from lmcache_s3.codecs.base import JSON, KVCodec
 from lmcache_s3.codecs.checksum import crc32c
 from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.errors import Invalid, Unusable
+from lmcache_s3.extent_array import ExtentArray, open_extent
 from lmcache_s3.types import (
     FORMAT_VERSION,
     HASH_BYTES,
@@ -39,6 +40,21 @@ ATTRIBUTE = "lmcache_s3"
 
 MAX_METADATA_BYTES = 64 << 20
 """No zarr.json is longer: over a million cells."""
+
+__all__ = [
+    "ATTRIBUTE",
+    "DIMENSIONS",
+    "MAX_METADATA_BYTES",
+    "ExtentArray",
+    "ExtentMetadata",
+    "array_metadata",
+    "build_shard",
+    "open_extent",
+    "package_version",
+    "record_from_metadata",
+    "shard_index",
+    "zarr_codecs",
+]
 
 DIMENSIONS = ("kv", "layer", "token", "head", "channel")
 
