@@ -5,7 +5,7 @@ power cut leaves half-written is found by the checksum that every read verifies.
 from names, sizes and modification times (each use sets them, so the order of use survives), and what is over the budget
 goes. One process owns a directory at a time, by a lock file.
 Raises `Invalid` (setting disk_path) at start if the directory cannot be used, then what the port says: `Missing`
-when a file was taken away, `Unusable` for wrong bytes, `Unavailable` (full, or kind `io`: read-only, failing) otherwise.
+when a file was taken away, `Unusable` for wrong bytes, else `Unavailable` (full, or kind `io`: read-only, failing).
 """
 
 from __future__ import annotations
