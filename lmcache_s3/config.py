@@ -196,7 +196,9 @@ class Settings(BaseSettings):
     host_bytes: Size | None = _budget(
         "1GiB", "Host memory for stored cells, in each engine process; null: every load goes to disk or bucket."
     )
-    disk_bytes: Size | None = _budget(None, "Local disk for stored cells, needs `disk_path`; null: no such tier.")
+    disk_bytes: Size | None = _budget(
+        None, "Local disk for stored cells, in each engine process, needs `disk_path`; null: no such tier."
+    )
     disk_path: Path | None = _field(
         None,
         "Directory of the disk tier, on a fast local disk; a network disk costs what the bucket costs.",
@@ -307,17 +309,43 @@ class Settings(BaseSettings):
     def transfer_settings(self) -> TransferSettings:
         from lmcache_s3.transfer import TransferSettings
 
-        return TransferSettings(threads=self.io_threads, staging_bytes=self.staging_bytes)
+        return TransferSettings(
+            staging_bytes=self.staging_bytes,
+            io_threads=self.io_threads,
+            load_deadline_s=self.load_deadline_s,
+            store_deadline_s=self.store_deadline_s,
+        )
 
     def make_tiers(self, space_id: str, owner: str) -> list[Tier]:
-        """The tiers in front of the bucket, fast → slow, as budgeted. owner: names this process's part of the disk
-        tier, for example its rank."""
+        """The tiers in front of the bucket, fast → slow, as budgeted.
+
+        owner: names this process's part of `disk_path` (its rank, say), where two processes cannot share one. space_id:
+        names the model's part of it. Raises `Invalid` for a path or device that cannot be used.
+        """
         tiers: list[Tier] = []
+        if self.device_bytes is not None:
+            tiers.append(_device_tier(self.device_bytes))
         if self.host_bytes is not None:
             from lmcache_s3.tiers.host import HostTier
 
             tiers.append(HostTier(self.host_bytes))
+        if self.disk_bytes is not None and self.disk_path is not None:
+            from lmcache_s3.tiers.disk import DiskTier
+
+            tiers.append(DiskTier(self.disk_path / space_id[:16] / owner, self.disk_bytes))
         return tiers
+
+
+def _device_tier(budget_bytes: int) -> Tier:
+    try:
+        from lmcache_s3.tiers.device import DeviceTier
+    except ModuleNotFoundError as e:
+        raise Invalid(
+            f"device_bytes: {budget_bytes} needs torch; pip install 'lmcache-s3[torch]' or leave device_bytes out",
+            kind="setting",
+            key="device_bytes",
+        ) from e
+    return DeviceTier(budget_bytes)
 
 
 def load_settings(**arguments: Any) -> Settings:

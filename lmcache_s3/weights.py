@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from lmcache_s3.errors import Invalid
 
@@ -41,19 +42,34 @@ def weights_digest(
     load when left alone. every_format: all of them, for an engine that was told to load something else. revision: of a
     hub name. cache_path: where digests are remembered; default `$XDG_CACHE_HOME/lmcache-s3/weights.json`.
     """
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise _cannot_find(model, "it is a file, but no .gguf")
+    path = _locate(model, revision)
+    if path.is_dir():
+        files = _files(model, path, every_format)
+    elif path.suffix == ".gguf":
         files = [path]
     else:
-        directory = path if path.is_dir() else _hub_snapshot(model, revision)
-        files = _files(model, directory, every_format)
+        raise _cannot_find(model, "it is a file, but no .gguf")
     memory = cache_path or _default_memory()
     try:
         return _combine(files, memory)
     except OSError as e:
         raise _cannot_find(model, f"{e.filename or 'a weight file'} cannot be read ({e.strerror or e})") from e
+
+
+def model_config(model: str, *, revision: str | None = None) -> dict[str, Any]:
+    """The model's config.json; empty where there is none. Raises `Invalid` if the model or its config is not there or
+    not JSON."""
+    path = _locate(model, revision) / "config.json"
+    try:
+        document = json.loads(path.read_bytes()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError) as e:
+        raise _cannot_find(model, f"config.json cannot be read ({e})") from e
+    return document if isinstance(document, dict) else {}
+
+
+def _locate(model: str, revision: str | None) -> Path:
+    path = Path(model).expanduser()
+    return path if path.exists() else _hub_snapshot(model, revision)
 
 
 def _cannot_find(model: str, why: str) -> Invalid:

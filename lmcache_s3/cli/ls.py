@@ -1,0 +1,93 @@
+"""`lmcache-s3 ls`: what is cached, one line a space or an extent."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from lmcache_s3.analysis.catalog import FoundSpace, list_spaces, reading
+from lmcache_s3.cli.common import Cli, size_text, table
+from lmcache_s3.index.manifest import LiveExtent
+from lmcache_s3.types import extent_prefix
+
+
+def ls(cli: Cli, extents: Annotated[bool, typer.Option("--extents", help="List every extent.")] = False) -> None:
+    """List the spaces (one per model and way of storing its KV), or with --extents every array in them."""
+    spaces: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
+    for entry in list_spaces(cli.store):
+        summary, live = _summary(cli, entry)
+        spaces.append(summary)
+        if extents and entry.space is not None:
+            lines += [extent_row(cli, entry, one) for one in live]
+    document: dict[str, Any] = {"url": cli.store.url, "spaces": spaces}
+    if extents:
+        document["extents"] = lines
+        cli.emit(document, _extent_table(lines))
+    elif spaces:
+        cli.emit(document, _space_table(spaces))
+    else:
+        cli.emit(document, f"{cli.store.url}: nothing cached yet")
+
+
+def _summary(cli: Cli, entry: FoundSpace) -> tuple[dict[str, Any], list[LiveExtent]]:
+    if entry.space is None:
+        return {"space": entry.id, "problem": entry.problem}, []
+    with reading(cli.store, entry.space) as index:
+        live = sorted(index.extents(), key=lambda one: one.order)
+        version = index.version
+    space = entry.space
+    return {
+        "space": space.id,
+        "model": space.model,
+        "kv_dtype": space.kv_dtype,
+        "fidelity": space.fidelity,
+        "chunk_tokens": space.chunk_tokens,
+        "extents": len(live),
+        "chunks": sum(one.record.n_chunks for one in live),
+        "raw_bytes": sum(one.record.raw_bytes for one in live),
+        "encoded_bytes": sum(one.record.encoded_bytes for one in live),
+        "version": version,
+    }, live
+
+
+def extent_row(cli: Cli, entry: FoundSpace, live: LiveExtent) -> dict[str, Any]:
+    """An extent as JSON."""
+    record = live.record
+    return {
+        "space": entry.id,
+        "extent": str(record.name),
+        "url": f"{cli.store.url.rstrip('/')}/{extent_prefix(entry.id, record.name)}",
+        "chunks": record.n_chunks,
+        "first_token": record.first_token,
+        "codec": record.name.codec,
+        "raw_bytes": record.raw_bytes,
+        "encoded_bytes": record.encoded_bytes,
+        "created": live.created,
+    }
+
+
+def _space_table(rows: list[dict[str, Any]]) -> Any:
+    numbers = ("chunk", "chunks", "extents", "stored", "versions")
+    made = table("space", "model", "kv", "fidelity", *numbers, right=numbers)
+    for r in rows:
+        if "problem" in r:
+            made.add_row(r["space"][:16], f"[red]{r['problem']}[/red]")
+            continue
+        made.add_row(
+            r["space"][:16], r["model"] or "–", r["kv_dtype"], r["fidelity"], str(r["chunk_tokens"]), str(r["chunks"]),
+            str(r["extents"]), size_text(r["encoded_bytes"]), str(r["version"]),
+        )  # fmt: skip
+    return made
+
+
+def _extent_table(rows: list[dict[str, Any]]) -> Any:
+    numbers = ("first token", "chunks", "raw", "stored", "version")
+    made = table("space", "extent", "codec", *numbers, right=numbers)
+    for r in rows:
+        made.add_row(
+            r["space"][:16], r["extent"], r["codec"], str(r["first_token"]), str(r["chunks"]), size_text(r["raw_bytes"]),
+            size_text(r["encoded_bytes"]), str(r["created"]),
+        )  # fmt: skip
+    return made

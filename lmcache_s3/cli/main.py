@@ -1,0 +1,47 @@
+"""`lmcache-s3`: the command line. One file per command; this one only puts them together."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lmcache_s3.cli.bench import bench
+from lmcache_s3.cli.common import command
+from lmcache_s3.cli.doctor import doctor
+from lmcache_s3.cli.du import du
+from lmcache_s3.cli.explain import explain
+from lmcache_s3.cli.info import info
+from lmcache_s3.cli.init import init
+from lmcache_s3.cli.ls import ls
+from lmcache_s3.cli.verify import verify
+from lmcache_s3.extent import package_version
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="A KV cache for LLM serving that lives in object storage: look at it, check it, find out why it missed.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"lmcache-s3 {package_version()}")
+        raise typer.Exit
+
+
+for _function in (init, ls, info, du, verify, explain, doctor):
+    app.command()(command(_function))
+app.command()(bench)
+
+
+def main() -> None:
+    """The entry point of the package's console script."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        # Ctrl-C outside any command, such as during imports.
+        sys.exit(130)
