@@ -317,15 +317,17 @@ class Log:
 
     # ---- Commit ----------------------------------------------------------------------------------------------------
 
-    def commit(self, add: Sequence[ExtentRecord], remove: Sequence[ExtentName] = ()) -> list[Verdict]:
-        """Add and remove extents in one version; returns a verdict for each of `add`, after the fence.
+    def commit(
+        self, add: Sequence[ExtentRecord], remove: Sequence[ExtentName] = (), *, floor: int = 0
+    ) -> list[Verdict]:
+        """Add and remove extents and raise the floor in one version; a verdict for each of `add`, after the fence.
 
         The extents' objects must be durable already. Repeating a commit is harmless (names are used once), so after any
         error the caller keeps it and tries again. Raises `Conflict` when too many creates were lost.
         """
         self.sync()
         for attempt in range(self.limits.max_commit_attempts):
-            delta = self._unjudged(add, remove)
+            delta = self._unjudged(add, remove, floor)
             if delta is None:
                 return self._verdicts(add)
             body = encode_delta(delta)
@@ -354,7 +356,7 @@ class Log:
         except Unavailable:  # like a lost answer: it may have taken effect
             return Outcome.UNKNOWN
 
-    def _unjudged(self, add: Sequence[ExtentRecord], remove: Sequence[ExtentName]) -> Delta | None:
+    def _unjudged(self, add: Sequence[ExtentRecord], remove: Sequence[ExtentName], floor: int) -> Delta | None:
         """What of it the state does not say yet; of records that cover each other only the first."""
         state, fresh = self.state, []
         expected = state
@@ -363,7 +365,9 @@ class Log:
                 fresh.append(record)
                 expected = apply(expected, Delta(self.writer, add=(record,)))
         gone = tuple(name for name in remove if name in state.extents)
-        return Delta(self.writer, add=tuple(fresh), remove=gone) if fresh or gone else None
+        if not fresh and not gone and floor <= state.floor:
+            return None
+        return Delta(self.writer, add=tuple(fresh), remove=gone, floor=floor)
 
     def _verdicts(self, add: Sequence[ExtentRecord]) -> list[Verdict]:
         out = []

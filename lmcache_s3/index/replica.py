@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from lmcache_s3.index.manifest import EMPTY, State
@@ -64,7 +64,7 @@ class Replica:
         return self._hidden
 
     @contextmanager
-    def pin(self, names: Sequence[ExtentName]) -> Iterator[None]:
+    def pin(self, names: Iterable[ExtentName]) -> Iterator[None]:
         """Count these extents as in use while the context lasts."""
         names = tuple(names)
         with self._lock:

@@ -16,7 +16,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -217,7 +217,7 @@ class Index:
         """This process stops matching the extent at once (it was found damaged)."""
         self._replica.hide(name)
 
-    def pin(self, names: Sequence[ExtentName]) -> AbstractContextManager[None]:
+    def pin(self, names: Iterable[ExtentName]) -> AbstractContextManager[None]:
         """Counts the extents as in use here while the context lasts."""
         return self._replica.pin(names)
 
@@ -246,7 +246,7 @@ class Index:
         return future
 
     def remove(self, names: Sequence[ExtentName], *, why: str) -> Future[None]:
-        """Take extents out of the index for everybody (damaged, or evicted); `why` is logged here. Hides them at once."""
+        """Take extents out of the index for everybody (damaged, or evicted); `why` is logged. Hides them at once."""
         future: Future[None] = Future()
         future.set_running_or_notify_cancel()
 
