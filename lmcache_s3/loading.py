@@ -76,8 +76,8 @@ def overlap(a: range, b: range) -> range:
 class Codecs:
     """Codecs by id; the space's own one is configured, others decode with what their cells carry."""
 
-    def __init__(self, own: KVCodec) -> None:
-        self._known: dict[str, KVCodec] = {own.id: own}
+    def __init__(self, own: KVCodec | None = None) -> None:
+        self._known: dict[str, KVCodec] = {} if own is None else {own.id: own}
 
     def find(self, codec_id: str) -> KVCodec:
         """Raises `Unusable(codec)`."""

@@ -59,6 +59,11 @@ class Replica:
         with self._lock:
             self._hidden |= {name}
 
+    def show(self, name: ExtentName) -> None:
+        """Take back `hide`: the extent proved right after all."""
+        with self._lock:
+            self._hidden -= {name}
+
     @property
     def hidden(self) -> frozenset[ExtentName]:
         return self._hidden

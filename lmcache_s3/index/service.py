@@ -217,6 +217,10 @@ class Index:
         """This process stops matching the extent at once (it was found damaged)."""
         self._replica.hide(name)
 
+    def show(self, name: ExtentName) -> None:
+        """Take back `hide`: the extent proved right after all."""
+        self._replica.show(name)
+
     def pin(self, names: Iterable[ExtentName]) -> AbstractContextManager[None]:
         """Counts the extents as in use here while the context lasts."""
         return self._replica.pin(names)
