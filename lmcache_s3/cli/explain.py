@@ -1,5 +1,5 @@
-"""`lmcache-s3 explain`: why did this prompt miss? First the space (is it the same model, stored the same way?), then the
-chunks (where does the prompt leave what is stored?). Reads the index only."""
+"""`lmcache-s3 explain`: why did this prompt miss? First the space (is it the same model, stored the same way?), then
+the chunks (where does the prompt leave what is stored?). Reads the index only."""
 
 from __future__ import annotations
 
@@ -228,9 +228,9 @@ def _answer_text(answer: dict[str, Any], salt: str) -> str:
     if answer["space_chunks"] == 0:
         return f"{where}the space is empty: engines opened it, but stored nothing yet"
     return (
-        f"{where}not even the first chunk matches: a token differs among the first {size} (a begin-of-text token? another "
-        f"chat template or system prompt?), another cache_salt ({'the one given' if salt else 'none given'}), an "
-        f"adapter (LoRA), or it was never stored"
+        f"{where}not even the first chunk matches: a token differs among the first {size} (a begin-of-text token? "
+        f"another chat template or system prompt?), another cache_salt ({'the one given' if salt else 'none given'}), "
+        f"an adapter (LoRA), or it was never stored"
     )
 
 

@@ -88,10 +88,11 @@ def _show_extent(cli: Cli, space: Space, live: LiveExtent) -> None:
         "last_access": live.last_access,
         "born": record.name.born,
     }
+    ratio = record.raw_bytes / record.encoded_bytes
     shown = facts | {
         "tokens": f"{record.first_token} to {record.first_token + tokens}",
         "raw_bytes": size_text(record.raw_bytes),
-        "encoded_bytes": f"{size_text(record.encoded_bytes)} ({record.raw_bytes / record.encoded_bytes:.2f} times smaller)",
+        "encoded_bytes": f"{size_text(record.encoded_bytes)} (raw ÷ stored: {ratio:.2f})",
         "hashes": "\n".join(facts["hashes"]),
         "shards": "\n".join(facts["shards"]),
         "read it with": f'lmcache_s3.open_extent("{url}")',

@@ -87,7 +87,7 @@ def _extent_table(rows: list[dict[str, Any]]) -> Any:
     made = table("space", "extent", "codec", *numbers, right=numbers)
     for r in rows:
         made.add_row(
-            r["space"][:16], r["extent"], r["codec"], str(r["first_token"]), str(r["chunks"]), size_text(r["raw_bytes"]),
-            size_text(r["encoded_bytes"]), str(r["created"]),
+            r["space"][:16], r["extent"], r["codec"], str(r["first_token"]), str(r["chunks"]),
+            size_text(r["raw_bytes"]), size_text(r["encoded_bytes"]), str(r["created"]),
         )  # fmt: skip
     return made

@@ -1,4 +1,4 @@
-"""`lmcache-s3 verify`: read everything that is cached and compare it with what the index says. Costs a GET per 32 MiB."""
+"""`lmcache-s3 verify`: read everything that is cached and compare it with the index. Costs a GET per 32 MiB."""
 
 from __future__ import annotations
 

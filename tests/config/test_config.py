@@ -203,3 +203,30 @@ def test_every_setting_reads_its_variable(monkeypatch: pytest.MonkeyPatch) -> No
         n: 7 for n in Settings.model_fields if n not in values
     }
     assert settings.addressing_style == "path"
+
+
+def test_what_the_parts_get(tmp_path: Path) -> None:
+    settings = load_settings(
+        url=URL, region="eu", connect_timeout_s=1, poll_s=3, read_only=True, staging_bytes="64MiB", io_threads=3,
+        load_deadline_s=9, host_bytes="2MiB", disk_bytes="3MiB", disk_path=tmp_path / "disk", ca_bundle="/ca.pem",
+    )  # fmt: skip
+    options = settings.store_options()
+    assert (options.region, options.connect_timeout_s, options.ca_bundle) == ("eu", 1.0, "/ca.pem")
+    index = settings.index_settings()
+    assert (index.poll_s, index.read_only, index.single_writer) == (3.0, True, False)
+    transfer = settings.transfer_settings()
+    assert (transfer.staging_bytes, transfer.io_threads, transfer.load_deadline_s) == (64 << 20, 3, 9.0)
+    tiers = settings.make_tiers("ab" * 32, "rank0")
+    assert [(tier.name, tier.budget_bytes) for tier in tiers] == [("host", 2 << 20), ("disk", 3 << 20)]
+    assert (tmp_path / "disk" / ("ab" * 8) / "rank0").is_dir()
+    for tier in tiers:
+        tier.close()
+    assert load_settings(url=URL, host_bytes=None).make_tiers("ab" * 32, "rank0") == []
+
+
+def test_codec_level() -> None:
+    assert load_settings(url=URL, codec="cachegen", codec_level="fine").make_codec().config == {"level": "fine"}
+    with pytest.raises(Invalid, match="'finest'"):
+        load_settings(url=URL, codec="cachegen", codec_level="finest").make_codec()
+    with pytest.raises(Invalid, match="level"):
+        load_settings(url=URL, codec_level="fine").make_codec()

@@ -1,0 +1,142 @@
+"""`explain` names the reason of a miss: another space, another salt, a token that differs, a prompt too short."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcache_s3.identity import KVGroup, Space, weights_digest
+from lmcache_s3.index.service import Index, IndexSettings
+from lmcache_s3.testing.filling import fill
+from lmcache_s3.tiers.stores.open import open_store
+
+Run = Callable[..., Any]
+TOKENS = list(range(1000, 1050))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"torch_dtype": "bfloat16"}))
+    (path / "model.safetensors").write_bytes(b"weights")
+    return path
+
+
+@pytest.fixture
+def space(model: Path) -> Space:
+    digest = weights_digest(str(model))
+    return Space(digest, "bfloat16", (KVGroup("full", 2, 2, 1, 4),), chunk_tokens=16, model="org/small")
+
+
+@pytest.fixture
+def ask(cli: Run, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """explain, for these tokens, by an engine with chunks of 16."""
+    monkeypatch.setenv("LMCACHE_S3_CHUNK_TOKENS", "16")
+
+    def run(tokens: list[int], *more: object) -> Any:
+        file = tmp_path / "tokens"
+        file.write_text(" ".join(map(str, tokens)))
+        answer = cli("explain", f"file://{tmp_path / 'store'}", "--tokens", file, "--model", model, "--json", *more)
+        assert answer.code == 0, answer.err
+        return answer.json
+
+    return run
+
+
+@pytest.fixture
+def filled(tmp_path: Path, space: Space) -> Space:
+    fill(open_store(f"file://{tmp_path / 'store'}"), space, TOKENS)
+    return space
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize(
+    ("tokens", "more", "matched", "expected"),
+    [
+        (TOKENS, (), 3, "a hit: 48 of 50 tokens are cached; the last 2 do not fill a chunk"),
+        (TOKENS[:32], (), 2, "a hit: 32 of 32 tokens are cached"),
+        (TOKENS[:15], (), 0, "15 tokens are shorter than a chunk (16)"),
+        ([1, *TOKENS], (), 0, "not even the first chunk matches"),
+        (TOKENS, ("--salt", "tenant"), 0, "another cache_salt (the one given)"),
+        (TOKENS[:20] + [1] * 30, (), 1, "leaves everything stored within tokens 16 to 31"),
+        (TOKENS + [1] * 30, (), 3, "3 of 5 chunks match"),
+    ],
+)
+def test_where_a_prompt_leaves_what_is_stored(
+    ask: Run, tokens: list[int], more: tuple[str, ...], matched: int, expected: str
+) -> None:
+    answer = ask(tokens, *more)
+    assert answer["prompts"][0]["matched_chunks"] == matched
+    assert expected in answer["verdict"][-1]
+    assert [c["matched"] for c in answer["prompts"][0]["chunks"]] == [i < matched for i in range(len(tokens) // 16)]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"chunk_tokens": 32}, "chunk_tokens: 32 there, 16 here"),
+        ({"fidelity": "kl0.02"}, "fidelity: kl0.02 there, exact here"),
+        ({"kv_dtype": "float16"}, "kv_dtype: float16 there, bfloat16 here"),
+    ],
+)
+def test_same_weights_stored_differently(
+    ask: Run, tmp_path: Path, space: Space, change: dict[str, Any], field: str
+) -> None:
+    other = Space(**{**{f: getattr(space, f) for f in space.__dataclass_fields__}, **change})
+    fill(open_store(f"file://{tmp_path / 'store'}"), other, TOKENS)
+    answer = ask(TOKENS)
+    assert answer["spaces"][0]["differs"] == [field]
+    assert "the weights are the same, but stored differently" in answer["verdict"][0]
+    assert field.partition(":")[0] in answer["verdict"][0]
+
+
+def test_other_weights(ask: Run, filled: Space, model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"changed")
+    answer = ask(TOKENS)
+    assert answer["spaces"][0]["differs"][0].startswith(f"weights: {filled.weights[:12]}… there")
+    assert "no space holds these weights" in answer["verdict"][0]
+    assert answer["prompts"] == []
+
+
+def test_an_empty_bucket_and_an_empty_space(ask: Run, tmp_path: Path, space: Space) -> None:
+    assert "nothing is cached under this URL" in ask(TOKENS)["verdict"][0]
+    store = open_store(f"file://{tmp_path / 'store'}")
+    Index.open(store, space, settings=IndexSettings(single_writer=True), background=False).close()
+    assert "the space is empty" in ask(TOKENS)["verdict"][0]
+
+
+def test_a_gap_in_the_middle(ask: Run, tmp_path: Path, space: Space) -> None:
+    store = open_store(f"file://{tmp_path / 'store'}")
+    first = fill(store, space, TOKENS[:16])
+    fill(store, space, TOKENS)
+    assert first is not None
+    with Index.open(store, space, settings=IndexSettings(single_writer=True), background=False) as index:
+        index.remove([first.name], why="test").result(10)
+    answer = ask(TOKENS)
+    assert "chunk 0 is gone (removed or not stored), though chunk 1 is there" in answer["verdict"][0]
+
+
+def test_people_read_a_table(cli: Run, tmp_path: Path, filled: Space) -> None:
+    file = tmp_path / "tokens.json"
+    file.write_text(json.dumps(TOKENS + [1] * 16))
+    answer = cli("explain", f"file://{tmp_path / 'store'}", "--space", filled.id[:6], "--tokens", file)
+    assert answer.code == 0
+    assert "0 to 2" in answer.out
+    assert "hit" in answer.out
+    assert "missing" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"), [("[1, 2.5]", "no whole number"), ("a b", "no list of token ids"), ("[", "no list")]
+)
+def test_tokens_that_are_none(cli: Run, tmp_path: Path, filled: Space, content: str, expected: str) -> None:
+    file = tmp_path / "tokens"
+    file.write_text(content)
+    answer = cli("explain", f"file://{tmp_path / 'store'}", "--space", filled.id, "--tokens", file)
+    assert answer.code == 2
+    assert expected in answer.err
