@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 from lmcache_s3.errors import LMCacheS3Error, Unavailable
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class Work(Generic[T]):
@@ -116,15 +117,16 @@ class Handle(Generic[T]):
     def __init__(self, work: Work[T], future: Future[T]) -> None:
         self._work = work
         self._future = future
+        self._source: Handle | None = None
 
     @property
     def total_bytes(self) -> int:
         """Stored bytes the work has to move; 0 while unknown."""
-        return self._work.total_bytes
+        return self._work.total_bytes if self._source is None else self._source.total_bytes
 
     @property
     def done_bytes(self) -> int:
-        return self._work.done_bytes
+        return self._work.done_bytes if self._source is None else self._source.done_bytes
 
     def done(self) -> bool:
         return self._future.done()
@@ -144,11 +146,34 @@ class Handle(Generic[T]):
 
     def cancel(self) -> bool:
         """End the work now: `result` raises `Unavailable(cancelled)`. False if it was done already."""
+        if self._source is not None:
+            return self._source.cancel()
         return self._work.fail(Unavailable("cancelled by its caller", kind="cancelled"))
 
     def add_done_callback(self, call: Callable[[Handle[T]], None]) -> None:
         """Call `call(handle)` when done, from the thread that ended it; at once if it is done. Must not raise."""
         self._future.add_done_callback(lambda _: call(self))
+
+    def then(self, call: Callable[[T], U]) -> Handle[U]:
+        """A handle for `call(result)`: same progress, same errors; cancelling it cancels this one.
+
+        `call` runs in the thread that ends this one, must be quick, and may raise `LMCacheS3Error`.
+        """
+        work: Work[U] = Work()
+
+        def pass_on(_: Handle[T]) -> None:
+            error = self.error()
+            if error is not None:
+                work.fail(error)
+                return
+            try:
+                work.finish(call(self.result()))
+            except LMCacheS3Error as e:
+                work.fail(e)
+
+        work.handle._source = self
+        self.add_done_callback(pass_on)
+        return work.handle
 
     def __await__(self) -> Generator[object, None, T]:
         return self._wait().__await__()

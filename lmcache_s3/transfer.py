@@ -153,7 +153,7 @@ class Transfer:
             on_fetched=on_fetched,
         )
         load.work.handle.add_done_callback(self._count_load)
-        self._watch(load.work, self.settings.load_deadline_s if deadline_s is None else deadline_s)
+        self.watch(load.work, self.settings.load_deadline_s if deadline_s is None else deadline_s)
         for piece in plan.pieces:
             self._submit(self._loads, load.work, load.run, piece)
         return load.work.handle
@@ -204,7 +204,7 @@ class Transfer:
             on_stored=lambda cells, data: self._keep(cells, data, range(len(self.stack.tiers))),
         )
         upload.work.handle.add_done_callback(self._count_upload)
-        self._watch(upload.work, self.settings.store_deadline_s if deadline_s is None else deadline_s)
+        self.watch(upload.work, self.settings.store_deadline_s if deadline_s is None else deadline_s)
         for i in range(len(cells)):
             self._submit(self._stores, upload.work, upload.run, i)
         return upload.work.handle
@@ -250,7 +250,7 @@ class Transfer:
 
     # --- life
 
-    def _watch(self, work: Work[Any], deadline_s: float) -> None:
+    def watch(self, work: Work[Any], deadline_s: float) -> None:
         """From now on a deadline or `close` ends the work."""
         with self._changed:
             closed = self._closed
