@@ -70,8 +70,8 @@ def test_only_the_engine_integration_imports_the_engine() -> None:
 
 
 def test_rooms_have_no_init_so_that_codecs_stays_the_standard_librarys() -> None:
-    for room in ROOMS.values():
-        assert not (room / "__init__.py").exists()
+    for folder in ROOMS.values():
+        assert not (folder / "__init__.py").exists()
     for room in ROOMS:
         link = ROOT / "lmcache_s3" / room
         assert link.is_symlink()

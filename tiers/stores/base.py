@@ -54,6 +54,11 @@ class ObjectStore(Protocol):
         """Objects whose key begins with `prefix` and sorts after `start_after`; in code point order, lazily paged."""
         ...
 
+    def check(self) -> None:
+        """At start-up: does the store answer, is the bucket there, may we list and read? Raises `Invalid` (bucket,
+        credentials, permission) or `Unavailable`, each naming the mend."""
+        ...
+
     def close(self) -> None:
         """Release connections; later calls raise `Unavailable(closed)`."""
         ...

@@ -45,7 +45,7 @@ class Audit:
 
     def _line(self, op: str, prefix_hash: bytes, blocks: EngineBlocks, chunk: np.ndarray) -> None:
         shard = f"{blocks.layers.start}-{blocks.layers.stop}×{blocks.heads.start}-{blocks.heads.stop}"
-        digest = xxhash.xxh3_64_hexdigest(np.ascontiguousarray(chunk))
+        digest = xxhash.xxh3_64_hexdigest(chunk.tobytes())
         self._file.write(json.dumps({"op": op, "hash": prefix_hash.hex(), "shard": shard, "xxh3": digest}) + "\n")
 
     def close(self) -> None:

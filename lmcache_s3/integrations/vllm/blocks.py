@@ -19,7 +19,7 @@ from lmcache_s3.integrations.vllm.model import ModelFacts, rank_layers
 from lmcache_s3.kernels import paged
 from lmcache_s3.types import ITEM_BYTES, STORAGE_DTYPE, Geometry, Grid
 
-_BITS = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+_BITS: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 @dataclass

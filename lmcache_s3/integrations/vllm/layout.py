@@ -59,7 +59,8 @@ class _Writer:
 
     def __init__(self, attention: Any, view: torch.Tensor, head_dim: int) -> None:
         self._attention, self._head_dim = attention, head_dim
-        order = sorted(range(4), key=lambda axis: -view.stride(axis))
+        strides = view.stride()
+        order = sorted(range(4), key=lambda axis: -strides[axis])
         shape = (2, *view.shape[1:])
         memory = torch.zeros([shape[axis] for axis in order], dtype=view.dtype, device=view.device)
         self._cache = memory.permute([order.index(axis) for axis in range(4)])
@@ -77,7 +78,8 @@ class _Writer:
         patterns = self._cache.cpu().contiguous().view(_UNSIGNED[self._cache.dtype.itemsize]).numpy()
         if patterns[0].any():
             raise Invalid("the engine's cache update wrote outside its block", kind="engine")
-        return patterns[1].reshape(heads, -1)
+        stored: np.ndarray = patterns[1].reshape(heads, -1)
+        return stored
 
     def digit_of_pattern(self) -> dict[int, int]:
         """Which stored bits stand for which digit (K and V may be scaled differently)."""

@@ -70,6 +70,7 @@ class StoredPart:
     shard: int
     lengths: bytes
     sums: bytes
+    n_bytes: int
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from lmcache_s3.integrations.vllm.model import ModelFacts
 from lmcache_s3.integrations.vllm.opening import OpenCache, Opening
 from lmcache_s3.integrations.vllm.requests import extra_keys, uncacheable
 from lmcache_s3.integrations.vllm.stats import Counters
-from lmcache_s3.transfer import StoredShard
 from lmcache_s3.types import HASH_BYTES, ChunkRef, ExtentName, Grid
+from lmcache_s3.uploading import StoredShard
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -280,7 +280,7 @@ class SchedulerRole:
         for part in report.stored:
             upload = self._uploading.get(part.name)
             if upload is not None:
-                upload.shards[part.shard] = StoredShard(part.lengths, part.sums)
+                upload.shards[part.shard] = StoredShard(part.lengths, part.sums, part.n_bytes)
                 if len(upload.shards) == upload.grid.shards and cache is not None:
                     self._publish(cache, self._uploading.pop(part.name))
         for lost in report.failed:

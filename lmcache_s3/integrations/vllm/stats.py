@@ -83,6 +83,8 @@ class Counters:
 class ConnectorStats(KVConnectorStats):
     """Counter increments of one interval, summed over ranks and roles."""
 
+    data: dict[str, float]
+
     def reset(self) -> None:
         self.data = {}
 

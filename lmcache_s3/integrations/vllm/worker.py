@@ -8,6 +8,7 @@ dropped and its extent given up; the engine is never held up.
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -33,10 +34,12 @@ from lmcache_s3.integrations.vllm.metadata import (
 )
 from lmcache_s3.integrations.vllm.model import ModelFacts
 from lmcache_s3.integrations.vllm.stats import Counters
+from lmcache_s3.loading import LoadReport
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.tiers.stores.open import open_store
-from lmcache_s3.transfer import LoadReport, StoredShard, Transfer
+from lmcache_s3.transfer import Transfer
 from lmcache_s3.types import HASH_BYTES, Geometry
+from lmcache_s3.uploading import StoredShard
 
 if TYPE_CHECKING:
     from lmcache_s3.config import Settings
@@ -215,14 +218,16 @@ class WorkerRole:
         mine = [s for s in range(order.grid.shards) if self._blocks.covers(self._geometry, order.grid, s)]
         waiting = set(mine)
 
-        def finished(shard: int, handle: Handle[StoredShard]) -> None:
+        def finished(handle: Handle[StoredShard], shard: int) -> None:
             try:
                 part = handle.result(0)
             except LMCacheS3Error as error:
                 self._fail(order, error.kind, str(error))
             else:
                 with self._lock:
-                    self._report.stored.append(StoredPart(str(order.name), shard, part.lengths, part.sums))
+                    self._report.stored.append(
+                        StoredPart(str(order.name), shard, part.lengths, part.sums, part.n_bytes)
+                    )
                 self.counters.add(stored_chunks=n_chunks)
             with self._lock:
                 waiting.discard(shard)
@@ -241,7 +246,7 @@ class WorkerRole:
                 [chunk[:, :, :, heads.start : heads.stop] for chunk in chunks],
                 deadline_s=self._settings.store_deadline_s,
             )
-            handle.add_done_callback(lambda h, s=shard: finished(s, h))
+            handle.add_done_callback(functools.partial(finished, shard=shard))
 
     def _fail(self, order: UploadOrder, kind: str, message: str) -> None:
         with self._lock:
