@@ -7,7 +7,7 @@ decoding needs, so any instance decodes every level. FORMAT.md has its bytes:
     0   1  version, 1                        4  4  number of words
     1   1  mode: 0 raw, 1 quantised          8  4  number of escapes
     2   1  1 if the first token is exact    12  …  sections; their sizes follow from shape, mode and the two numbers
-    3   1  0
+    3   1  kv dtype, 1 to 5
 
 A cell that holds NaN or infinity, or that would not become smaller, is stored raw. Encoding and decoding give the same
 bits on every machine. Raises `Unusable` (header's kinds, payload) when decoding, `Invalid` for arguments.
@@ -31,6 +31,7 @@ VERSION = 1
 RAW, QUANTISED = 0, 1
 _FIXED = struct.Struct("<BBBBII")
 _STATES = 32
+_DTYPES: dict[str, int] = {"bfloat16": 1, "float16": 2, "float32": 3, "float8_e4m3fn": 4, "float8_e5m2": 5}
 
 _SIXTEENTHS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
     "fine": ((4, 5, 6), (6, 7, 8)),
@@ -68,7 +69,7 @@ class CachegenCodec(KVCodec):
         first_exact = position.first_token == 0
         payload = self._quantised(cell, spec, first_exact) if spec.shape[2] > first_exact else None
         if payload is None or len(payload) >= _FIXED.size + raw_bytes(spec):
-            payload = _FIXED.pack(VERSION, RAW, 0, 0, 0, 0) + contiguous(cell, spec).tobytes()
+            payload = _FIXED.pack(VERSION, RAW, 0, _DTYPES[spec.kv_dtype], 0, 0) + contiguous(cell, spec).tobytes()
         return wrap(payload, spec, position)
 
     def _quantised(self, cell: np.ndarray, spec: CellSpec, first_exact: bool) -> bytes | None:
@@ -97,7 +98,8 @@ class CachegenCodec(KVCodec):
         states, words = rans.encode(rows, tables)
         escape_bytes = b"".join(escapes)
         first = contiguous(cell[:, :, :1], spec).tobytes() if first_exact else b""
-        fixed = _FIXED.pack(VERSION, QUANTISED, first_exact, 0, len(words), len(escape_bytes) // 2)
+        dtype, count = _DTYPES[spec.kv_dtype], len(escape_bytes) // 2
+        fixed = _FIXED.pack(VERSION, QUANTISED, first_exact, dtype, len(words), count)
         parts = (first, bases.tobytes(), *means, *codes, tables.tobytes(), states.astype("<u4").tobytes())
         return b"".join((fixed, *parts, words.astype("<u2").tobytes(), escape_bytes))
 
@@ -109,9 +111,11 @@ class CachegenCodec(KVCodec):
         payload = unwrap(data, spec, position, max_bytes=self.max_encoded_bytes(spec))
         if len(payload) < _FIXED.size:
             raise Unusable("cachegen payload is shorter than its fixed part", kind="truncated")
-        version, mode, first_exact, zero, words, escapes = _FIXED.unpack_from(payload)
-        if version != VERSION or mode not in (RAW, QUANTISED) or first_exact > 1 or zero:
+        version, mode, first_exact, dtype, words, escapes = _FIXED.unpack_from(payload)
+        if version != VERSION or mode not in (RAW, QUANTISED) or first_exact > 1:
             raise Unusable(f"cachegen payload of version {version}, mode {mode}", kind="payload")
+        if dtype != _DTYPES[spec.kv_dtype]:
+            raise Unusable(f"cachegen payload of dtype {dtype}, wanted {spec.kv_dtype}", kind="shape")
         body = payload[_FIXED.size :]
         if mode == RAW:
             if first_exact or words or escapes or len(body) != raw_bytes(spec):

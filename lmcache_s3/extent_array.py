@@ -27,7 +27,7 @@ _MAX_SHARDS = 4096
 class ExtentArray:
     """An extent, axes [kv, layer, token, head, channel], indexed as NumPy arrays are; reads on each access.
 
-    `array[...]` gives a new array of the true dtype (bfloat16 and fp8 from `ml_dtypes`). Blocks; safe from many threads.
+    `array[...]` gives a new array of the true dtype (bfloat16, fp8: of `ml_dtypes`). Blocks; safe from many threads.
     """
 
     def __init__(self, array: zarr.Array, kv_dtype: str) -> None:
