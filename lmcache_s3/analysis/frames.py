@@ -85,7 +85,7 @@ def extents(url: str | None = None, space_id: str | None = None, **settings: Any
 
 
 def chunks(url: str | None = None, space_id: str | None = None, **settings: Any) -> pd.DataFrame:
-    """One row per stored chunk: its prefix hash, its extent and position there, first token, encoded bytes."""
+    """One row per stored chunk: its prefix hash, extent and position there, first token, size in tokens and bytes."""
     rows = []
     with _opened(url, settings) as store:
         for space, live in _live(store, space_id):
@@ -100,10 +100,11 @@ def chunks(url: str | None = None, space_id: str | None = None, **settings: Any)
                             "extent": str(record.name),
                             "position": position,
                             "first_token": record.first_token + position * space.chunk_tokens,
+                            "tokens": space.chunk_tokens,
                             "encoded_bytes": sum(shard[position] for shard in sizes),
                         }
                     )
-    return _frame(rows, ["space", "prefix_hash", "extent", "position", "first_token", "encoded_bytes"])
+    return _frame(rows, ["space", "prefix_hash", "extent", "position", "first_token", "tokens", "encoded_bytes"])
 
 
 def _frame(rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
