@@ -14,7 +14,8 @@ from typing import TypeVar
 import numpy as np
 
 from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
-from lmcache_s3.errors import Unusable
+from lmcache_s3.codecs.registry import make_codec
+from lmcache_s3.errors import Invalid, Unusable
 from lmcache_s3.extent import MAX_METADATA_BYTES, record_from_metadata, shard_index
 from lmcache_s3.identity import Space
 from lmcache_s3.tiers.stores.base import ObjectStore
@@ -22,17 +23,24 @@ from lmcache_s3.tiers.verify import verify
 from lmcache_s3.types import HASH_BYTES, CellRef, ExtentName, ExtentRecord, extent_prefix, shard_key
 
 _READ_BYTES = 32 << 20
+UNSUPPORTED = "unsupported"
+"""The codec is not installed, or newer than this package."""
 _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One thing that is wrong. key: of the object. kind: as of `Unusable`."""
+    """One thing that is wrong. key: of the object. kind: as of `Unusable`, or `UNSUPPORTED`."""
 
     extent: ExtentName
     key: str
     kind: str
     what: str
+
+    @property
+    def is_certain(self) -> bool:
+        """The stored bytes are bad. False: this installation cannot tell, so nothing may be removed."""
+        return self.kind != UNSUPPORTED
 
 
 def check_extent(
@@ -43,6 +51,10 @@ def check_extent(
     progress: called with the number of encoded bytes just checked.
     """
     key = f"{extent_prefix(space.id, record.name)}/zarr.json"
+    try:
+        make_codec(record.name.codec)
+    except Invalid as e:
+        return [Damage(record.name, key, UNSUPPORTED, f"not checked: {e}")]
     try:
         codec = _twice(lambda: _codec_of(store, key, space, record))
     except Unusable as e:

@@ -36,7 +36,7 @@ def verify(
     removed = []
     if repair:
         for space, _ in work:
-            removed += _remove(cli, space, sorted({d.extent for d in damaged[space.id]}, key=str))
+            removed += _remove(cli, space, sorted({d.extent for d in damaged[space.id] if d.is_certain}, key=str))
     _report(cli, work, damaged, unreadable, removed)
     if unreadable or any(damaged.values()):
         raise typer.Exit(1)
@@ -91,10 +91,10 @@ def _report(
         "unreadable_spaces": unreadable,
         "removed": removed,
     }
-    lines = [f"[red]damaged[/red] {d.extent}: {d.kind}: {d.what}" for d in found]
+    lines = [f"[red]{'damaged' if d.is_certain else 'unknown'}[/red] {d.extent}: {d.kind}: {d.what}" for d in found]
     lines += [f"[red]unreadable[/red] space {u['space']}: {u['problem']}" for u in unreadable]
     lines += [f"removed from the index: {name}" for name in removed]
-    if found and not removed:
+    if not removed and any(d.is_certain for d in found):
         lines.append("run it again with --repair to remove them from the index")
     if not found and not unreadable:
         lines.append(f"[green]ok[/green] {extents} extents, every byte as the index says")

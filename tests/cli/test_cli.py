@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,14 @@ from typing import Any
 import pytest
 
 from lmcache_s3.analysis.catalog import list_spaces
+from lmcache_s3.codecs import registry
+from lmcache_s3.errors import Invalid
 from lmcache_s3.identity import KVGroup, Space
 from lmcache_s3.testing.filling import fill
 from lmcache_s3.tiers.stores.counting import CountingStore
+from lmcache_s3.tiers.stores.local import LocalStore
 from lmcache_s3.tiers.stores.open import open_store
-from lmcache_s3.types import extent_prefix, shard_key
+from lmcache_s3.types import Outcome, extent_prefix, shard_key
 
 Run = Callable[..., Any]
 
@@ -232,3 +237,54 @@ def test_on_real_s3(cli: Run, bucket_url: str, monkeypatch: pytest.MonkeyPatch) 
     assert [c["ok"] for c in answer.json["checks"]] == [False, None]
     assert cli("ls", url).code == 2
     assert cli("ls", url).err.count("\n") == 1
+
+
+def test_a_codec_that_is_not_installed_is_no_damage(cli: Run, cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = registry.make_codec
+
+    def without_cachegen(id: str, config: Any = None) -> Any:
+        if id == "cachegen":
+            raise Invalid("codec 'cachegen' needs the package 'numba'", kind="setting")
+        return original(id, config)
+
+    monkeypatch.setattr("lmcache_s3.analysis.check.make_codec", without_cachegen)
+    answer = cli("verify", cache.url, "--repair", "--json")
+    assert answer.code == 1
+    assert [d["kind"] for d in answer.json["damaged"]] == ["unsupported"]
+    assert answer.json["removed"] == []
+    assert f"unknown {cache.records[2].name}: unsupported: not checked" in cli("verify", cache.url).out
+    monkeypatch.undo()
+    assert cli("verify", cache.url).code == 0
+
+
+def test_a_store_that_ignores_put_if_absent_is_refused(
+    cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clobber(self: LocalStore, key: str, data: bytes) -> Outcome:
+        self.put(key, data)
+        return Outcome.WON
+
+    monkeypatch.setattr(LocalStore, "create", clobber)
+    url = f"file://{tmp_path / 'store'}"
+    answer = cli("init", url)
+    assert answer.code == 2
+    assert "single_writer=true" in answer.err
+    answer = cli("doctor", url, "--json")
+    assert answer.code == 1
+    assert [c["name"] for c in answer.json["checks"] if c["ok"] is False] == ["put-if-absent"]
+
+
+@pytest.mark.parametrize(("met", "code"), [(True, 0), (None, 0), (False, 1)])
+def test_bench_runs_its_module(cli: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, met: Any, code: int) -> None:
+    asked: list[Any] = []
+
+    def main(json_path: Path | None) -> Any:
+        asked.append(json_path)
+        return met
+
+    module = types.ModuleType("lmcache_s3.benchmarks.e2e")
+    module.main = main  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lmcache_s3.benchmarks.e2e", module)
+    assert cli("bench", "e2e", "--json", tmp_path / "f.json").code == code
+    assert asked == [tmp_path / "f.json"]
+    assert cli("bench", "nothing").code == 2

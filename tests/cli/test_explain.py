@@ -140,3 +140,26 @@ def test_tokens_that_are_none(cli: Run, tmp_path: Path, filled: Space, content: 
     answer = cli("explain", f"file://{tmp_path / 'store'}", "--space", filled.id, "--tokens", file)
     assert answer.code == 2
     assert expected in answer.err
+
+
+@pytest.mark.slow
+def test_a_text_goes_through_the_models_tokenizer(cli: Run, tmp_path: Path, model: Path, space: Space) -> None:
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install transformers")
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    vocabulary = {"[UNK]": 0} | {f"w{i}": i for i in range(1, 100)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    fill(open_store(f"file://{tmp_path / 'store'}"), space, range(1, 33))
+    text = tmp_path / "prompt.txt"
+    text.write_text(" ".join(f"w{i}" for i in range(1, 36)))
+    answer = cli("explain", f"file://{tmp_path / 'store'}", "--model", model, "--prompt-file", text, "--json",
+                 env={"LMCACHE_S3_CHUNK_TOKENS": "16"})  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert "32 of 35 tokens are cached" in answer.json["verdict"][0]
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    answer = cli("explain", f"file://{tmp_path / 'store'}", "--model", model, "--prompt", "w1")
+    assert answer.code == 2
+    assert "no tokenizer there" in answer.err

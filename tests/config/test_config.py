@@ -230,3 +230,9 @@ def test_codec_level() -> None:
         load_settings(url=URL, codec="cachegen", codec_level="finest").make_codec()
     with pytest.raises(Invalid, match="level"):
         load_settings(url=URL, codec_level="fine").make_codec()
+
+
+def test_the_documentation_is_in_sync() -> None:
+    """To mend: python -c "from lmcache_s3.config import settings_table; print(settings_table(), end='')", into it."""
+    text = (Path(__file__).parents[2] / "SETTINGS.md").read_text("utf-8")
+    assert settings_table() in text
