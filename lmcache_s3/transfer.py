@@ -82,6 +82,8 @@ class Transfer:
                 kind="setting",
                 key="staging_bytes",
             )
+        # Several pieces must fit at once, or nothing overlaps.
+        self._piece_bytes = min(settings.piece_bytes, settings.staging_bytes // 4)
         self._deadlines = Deadlines()
         n = settings.io_threads
         self._loads = ThreadPoolExecutor(n, thread_name_prefix="lmcache-s3-load")
@@ -141,7 +143,7 @@ class Transfer:
         on_fetched: Callable[[Sequence[CellRef], Sequence[Buffer], int], None],
     ) -> Handle[LoadReport]:
         chunks = tuple(chunks)
-        plan = make_plan(self.geometry, self._codecs, chunks, layers, heads, self.settings.piece_bytes)
+        plan = make_plan(self.geometry, self._codecs, chunks, layers, heads, self._piece_bytes)
         load = Load(
             self.geometry,
             chunks,

@@ -15,10 +15,10 @@ import numpy as np
 
 from lmcache_s3.budget import ByteBudget
 from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
+from lmcache_s3.codecs.checksum import xxh3
 from lmcache_s3.errors import Invalid, LMCacheS3Error
 from lmcache_s3.handle import Work
 from lmcache_s3.tiers.object import ObjectTier, join_shard
-from lmcache_s3.tiers.verify import checksum
 from lmcache_s3.types import HASH_BYTES, Buffer, CellRef, ExtentName, Geometry, Grid
 
 
@@ -144,7 +144,7 @@ class Upload:
         kept = 0
         try:
             data = self._codec.encode(self.job.cells[i], self._spec, self.job.position(self._geometry, i))
-            self._sums[i] = checksum(data)
+            self._sums[i] = xxh3(data)
             self._encoded[i] = data
             kept = len(data)
         finally:

@@ -5,15 +5,9 @@ Pure. Raises `Unusable` (truncated, oversized, checksum; key = the extent), noth
 
 from __future__ import annotations
 
-import xxhash
-
+from lmcache_s3.codecs.checksum import xxh3
 from lmcache_s3.errors import Unusable
 from lmcache_s3.types import Buffer, CellRef
-
-
-def checksum(data: Buffer) -> int:
-    """XXH3-64 of stored bytes, as the index keeps it."""
-    return xxhash.xxh3_64_intdigest(data)
 
 
 def verify(cell: CellRef, data: Buffer) -> None:
@@ -22,7 +16,7 @@ def verify(cell: CellRef, data: Buffer) -> None:
     if n_bytes != cell.length:
         kind = "truncated" if n_bytes < cell.length else "oversized"
         raise Unusable(f"{where(cell)} has {n_bytes} bytes, not {cell.length}", kind=kind, key=str(cell.extent))
-    if checksum(data) != cell.checksum:
+    if xxh3(data) != cell.checksum:
         raise Unusable(f"{where(cell)} has another checksum than the index", kind="checksum", key=str(cell.extent))
 
 

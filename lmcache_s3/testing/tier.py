@@ -21,9 +21,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lmcache_s3.codecs.checksum import xxh3
 from lmcache_s3.errors import Missing, Unavailable, Unusable
 from lmcache_s3.tiers.base import Tier
-from lmcache_s3.tiers.verify import checksum
 from lmcache_s3.types import Buffer, CellRef, ExtentName, Grid
 
 _PER_CLASS = [HealthCheck.differing_executors]  # the examples of one subclass are as good for the others
@@ -40,7 +40,7 @@ def make_cells(rng: random.Random, lengths: Sequence[int], *, shard: int = 0, gr
     offset = 0
     for i, length in enumerate(lengths):
         data = rng.randbytes(length)
-        out.append((CellRef(name, grid, shard, i, offset, length, checksum(data)), data))
+        out.append((CellRef(name, grid, shard, i, offset, length, xxh3(data)), data))
         offset += length
     return out
 
