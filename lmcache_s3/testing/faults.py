@@ -83,9 +83,7 @@ class FaultyStore:
         return self.inner.url
 
     def check(self) -> None:
-        check = getattr(self.inner, "check", None)
-        if check is not None:
-            check()
+        self.inner.check()
 
     def get(self, key: str, start: int = 0, end: int | None = None, *, limit_bytes: int | None = None) -> bytes:
         fault = self._before("get", key)

@@ -204,7 +204,8 @@ class SeaweedFS(S3Server):
     """One SeaweedFS process: master, volume server, filer, S3 gateway. Starts in about four seconds.
 
     Honours put-if-absent; losers of a race wait whole seconds. A listing sorts a directory as its bare name, so `a/b`
-    comes before `a-b`: not S3's order where a directory's name begins a sibling's.
+    comes before `a-b`: not S3's order where a directory's name begins a sibling's. A PUT whose connection dies between
+    its header and its body leaves an *empty object*, where S3 and Ceph leave nothing.
     """
 
     ports_needed = 8

@@ -29,10 +29,8 @@ class CountingStore:
         return self.inner.url
 
     def check(self) -> None:
-        check = getattr(self.inner, "check", None)
-        if check is not None:
-            self._count("list")
-            check()
+        self._count("list")
+        self.inner.check()
 
     def get(self, key: str, start: int = 0, end: int | None = None, *, limit_bytes: int | None = None) -> bytes:
         self._count("get")

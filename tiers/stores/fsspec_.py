@@ -104,9 +104,10 @@ class FsspecStore:
         if end is not None and limit_bytes is not None and end - start > limit_bytes:
             raise self._oversized(key, limit_bytes)
         stop = end
-        if stop is None:
-            # One byte more than allowed tells the oversized object without reading all of it.
-            stop = MAX_OBJECT_BYTES if limit_bytes is None else start + limit_bytes + 1
+        if stop is None and limit_bytes is not None:
+            stop = start + limit_bytes + 1  # one byte more tells the oversized object without reading all of it
+        elif stop is None and self._s3:
+            stop = MAX_OBJECT_BYTES  # else a HEAD goes first; elsewhere it could be allocated
         data = self._range(path, key, start, stop, to_end=end is None)
         if end is None:
             if limit_bytes is not None and len(data) > limit_bytes:
@@ -197,7 +198,7 @@ class FsspecStore:
         infos.sort(key=lambda info: info.key)
         yield from infos if limit is None else infos[: max(limit, 0)]
 
-    def _range(self, path: str, key: str, start: int, stop: int, *, to_end: bool) -> bytes:
+    def _range(self, path: str, key: str, start: int, stop: int | None, *, to_end: bool) -> bytes:
         with self._mapping(key):
             try:
                 with self._guard:
@@ -207,7 +208,7 @@ class FsspecStore:
                     raise
                 if to_end and start == 0:
                     return b""  # no range of an empty object satisfies a server
-                raise self._truncated(key, stop if not to_end else start + 1) from e
+                raise self._truncated(key, start + 1 if to_end or stop is None else stop) from e
             return data
 
     def _open(self) -> None:

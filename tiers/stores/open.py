@@ -62,7 +62,7 @@ def _open_file(url: str) -> LocalStore:
 
 def _open_fsspec(url: str, scheme: str, options: StoreOptions) -> FsspecStore:
     if scheme not in fsspec.available_protocols():
-        near = difflib.get_close_matches(scheme, _KNOWN, n=1)
+        near = difflib.get_close_matches(scheme, _KNOWN, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}://? " if near else ""
         raise Invalid(
             f"url {url[:200]!r}: unknown scheme {scheme!r}; {hint}known are {', '.join(_KNOWN)} and fsspec's others",
@@ -75,7 +75,7 @@ def _open_fsspec(url: str, scheme: str, options: StoreOptions) -> FsspecStore:
         extra = _EXTRAS.get(scheme)
         mend = f"pip install lmcache-s3[{extra}]" if extra else f"install the fsspec file system for it ({e})"
         raise Invalid(f"url {url[:200]!r}: no support for {scheme}:// installed; {mend}", kind="url", key="url") from e
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OSError) as e:
         raise Invalid(
             f"url {url[:200]!r} or its storage_options are refused by fsspec ({e})", kind="url", key="url"
         ) from e

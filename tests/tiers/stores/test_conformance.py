@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import botocore.exceptions
 import fsspec
 import pytest
 
 from lmcache_s3.testing.object_store import ObjectStoreTests
-from lmcache_s3.testing.servers import CephRGW
+from lmcache_s3.testing.servers import CephRGW, SeaweedFS
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.tiers.stores.fsspec_ import FsspecStore
@@ -68,6 +67,18 @@ class TestMemoryStore(ObjectStoreTests):
         return None if file is None else bytes(file.getvalue())
 
 
+@pytest.fixture(scope="module")
+def seaweedfs_client(seaweedfs: SeaweedFS) -> Iterator[Any]:
+    with seaweedfs.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def ceph_client(ceph_rgw: CephRGW) -> Iterator[Any]:
+    with ceph_rgw.client() as client:
+        yield client
+
+
 class S3Backdoor(ObjectStoreTests):
     """Plants and peeks with a plain boto3 client."""
 
@@ -76,12 +87,14 @@ class S3Backdoor(ObjectStoreTests):
     client: Any
 
     @pytest.fixture
-    def root(self, bucket_url: str) -> Iterator[str]:
-        self.bucket, _, prefix = bucket_url.removeprefix("s3://").partition("/")
+    def root(self, bucket_url: str, seaweedfs_client: Any) -> str:
+        return self.at(bucket_url, seaweedfs_client)
+
+    def at(self, url: str, client: Any) -> str:
+        self.client = client
+        self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self.prefix = f"{prefix}/pre fix"
-        self.client = boto3.Session().client("s3")
-        yield f"s3://{self.bucket}/{self.prefix}"
-        self.client.close()
+        return f"s3://{self.bucket}/{self.prefix}"
 
     def plant(self, store: ObjectStore, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.bucket, Key=f"{self.prefix}/{key}", Body=data)
@@ -113,6 +126,7 @@ class TestS3StoreOnSeaweedFS(S3Backdoor):
 
 
 @pytest.mark.s3
+@pytest.mark.slow
 class TestS3fsOnSeaweedFS(S3Backdoor):
     """The same server through fsspec: what `open_store` does for schemes that have no native store."""
 
@@ -127,10 +141,11 @@ class TestS3fsOnSeaweedFS(S3Backdoor):
 
 
 @pytest.mark.s3
+@pytest.mark.slow
 class TestS3StoreOnCeph(S3Backdoor):
     @pytest.fixture
-    def root(self, ceph_bucket_url: str) -> Iterator[str]:
-        yield from S3Backdoor.root.__wrapped__(self, ceph_bucket_url)  # type: ignore[attr-defined]
+    def root(self, ceph_bucket_url: str, ceph_client: Any) -> str:
+        return self.at(ceph_bucket_url, ceph_client)
 
     @pytest.fixture
     def store(self, root: str) -> Iterator[ObjectStore]:
