@@ -49,7 +49,7 @@ class CachegenCodec(KVCodec):
     exact: ClassVar[bool] = False
 
     def __init__(self, level: str = "medium") -> None:
-        if level not in _SIXTEENTHS:
+        if not isinstance(level, str) or level not in _SIXTEENTHS:
             raise Invalid(f"codec level {level!r}: there are {', '.join(LEVELS)}", kind="setting", key="codec_level")
         self._level = level
 

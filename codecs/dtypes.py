@@ -39,4 +39,5 @@ def to_float32(bits: np.ndarray, kv_dtype: str) -> np.ndarray:
 def from_float32(values: np.ndarray, kv_dtype: str) -> np.ndarray:
     """Stored bits of float32 values, as a new C-contiguous array of the storage dtype."""
     limit = LARGEST[kv_dtype]
-    return np.clip(values, -limit, limit).astype(TRUE_DTYPE[kv_dtype]).view(STORAGE_DTYPE[kv_dtype])
+    with np.errstate(invalid="ignore"):  # signalling NaN
+        return np.clip(values, -limit, limit).astype(TRUE_DTYPE[kv_dtype]).view(STORAGE_DTYPE[kv_dtype])

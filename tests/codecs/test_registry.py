@@ -55,7 +55,7 @@ def test_fidelity_classes() -> None:
 
 @pytest.mark.parametrize("codec", [CachegenCodec(), Measured()], ids=["unmeasured", "worse"])
 def test_a_bound_nobody_measured_is_not_promised(codec: KVCodec) -> None:
-    with pytest.raises(Invalid, match="max_kl=0.01"):
+    with pytest.raises(Invalid, match=r"max_kl=0\.01"):
         fidelity_class(codec, 0.01)
 
 
