@@ -232,9 +232,8 @@ class Cache:
 
     def _note(self, report: LoadReport) -> None:
         """Unusable bytes are an extent's fault; an unavailable store is not."""
-        for _, name, error in report.failed:
-            if isinstance(error, Unusable):
-                self.damage.report(name, str(error))
+        for name, why in {name: str(error) for _, name, error in report.failed if isinstance(error, Unusable)}.items():
+            self.damage.report(name, why)
 
     # --- life
 

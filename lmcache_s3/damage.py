@@ -56,13 +56,14 @@ class DamageControl:
         self._pause = pause or self._stopping.wait
         self._lock = threading.Condition()
         self._examined: set[ExtentName] = set()
+        self._condemned: set[ExtentName] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmcache-s3-damage")
 
     def report(self, name: ExtentName, why: str) -> None:
         """`name` gave unusable bytes. Never blocks; reports of an extent under examination are one."""
         self._index.hide(name)
         with self._lock:
-            if name in self._examined or self._stopping.is_set():
+            if name in self._examined or name in self._condemned or self._stopping.is_set():
                 return
             self._examined.add(name)
         self.metrics.add("damage_reports")
@@ -98,6 +99,8 @@ class DamageControl:
                     _log.warning("extent %s is of a codec unknown here, and not used: %s", name, error)
                     return
                 self.metrics.add("damage_confirmed")
+                with self._lock:
+                    self._condemned.add(name)
                 self._index.remove([name], why=f"{why}; read again: {error}")
                 return
             except Unavailable:
