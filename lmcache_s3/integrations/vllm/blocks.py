@@ -56,7 +56,7 @@ class EngineBlocks:
         if plane.index.shape[0] != facts.group.kv or facts.block_tokens % plane.slots:
             raise Invalid(f"engine blocks of {plane.slots} slots do not divide {facts.block_tokens}", kind="engine")
         on_host = views[0].device.type == "cpu"
-        return cls(
+        blocks = cls(
             layers,
             heads,
             facts.block_tokens // plane.slots,
@@ -66,6 +66,13 @@ class EngineBlocks:
             views,
             [host_layer(view, plane) for view in views] if on_host else None,
         )
+        blocks.warm_up()
+        return blocks
+
+    def warm_up(self) -> None:
+        """Compile the copies now, with no blocks at all, so that no request waits for it."""
+        nothing = np.empty(0, dtype=np.int64)
+        self.scatter(nothing, self.layers, self.heads, self.gather(nothing))
 
     def chunk_bytes(self, geometry: Geometry) -> int:
         """Raw bytes of one chunk's part on this rank."""

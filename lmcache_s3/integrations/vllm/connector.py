@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lmcache_s3.vllm")
 
 _Hook = TypeVar("_Hook", bound=Callable[..., Any])
-_DRAIN_S = 4.0
-"""vLLM kills a process 5 s after it was asked to end."""
+_WORKER_DRAIN_S, _SCHEDULER_DRAIN_S = 1.5, 2.0
+"""vLLM ends the workers, then the scheduler, and kills what is left 5 s after it asked. Uploads were drained before,
+while the engine kept stepping (`has_pending_push_work`); this is for the last commits."""
 
 
 def _guarded(default: Callable[[LMCacheS3Connector], Any]) -> Callable[[_Hook], _Hook]:
@@ -65,6 +66,15 @@ def _guarded(default: Callable[[LMCacheS3Connector], Any]) -> Callable[[_Hook], 
         return cast(_Hook, guarded)
 
     return wrap
+
+
+def _share_engine_log() -> None:
+    """Our lines go where vLLM's go (it configures its own loggers only)."""
+    ours, engine = logging.getLogger("lmcache_s3"), logging.getLogger("vllm")
+    if not ours.handlers and engine.handlers:
+        ours.handlers = list(engine.handlers)
+        ours.setLevel(engine.level)
+        ours.propagate = False
 
 
 def _check_failure_policy(own: KVTransferConfig) -> None:
@@ -93,6 +103,7 @@ class LMCacheS3Connector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerRole | None = None
         self._worker: WorkerRole | None = None
         self._said: set[str] = set()
+        _share_engine_log()
         transfer = self._kv_transfer_config
         _check_failure_policy(transfer)
         settings = load_settings(**transfer.kv_connector_extra_config)
@@ -252,6 +263,6 @@ class LMCacheS3Connector(KVConnectorBase_V1, SupportsHMA):
     @_guarded(lambda self: None)
     def shutdown(self) -> None:
         if self._worker is not None:
-            self._worker.close(_DRAIN_S)
+            self._worker.close(_WORKER_DRAIN_S)
         if self._scheduler is not None:
-            self._scheduler.close(_DRAIN_S)
+            self._scheduler.close(_SCHEDULER_DRAIN_S)

@@ -42,7 +42,8 @@ class ModelFacts:
     """The model as the cache sees it; equal in both roles and on every rank.
 
     group: the one KV group (all layers alike). rope: the model's rope parameters. path: what vLLM loads the weights
-    from (local directory or hub name). block_tokens: the engine's block size.
+    from (local directory or hub name). block_tokens: the engine's block size. every_format: vLLM was told which kind of
+    weight file to load, so the digest covers all kinds that are there.
     """
 
     path: str
@@ -55,6 +56,7 @@ class ModelFacts:
     block_tokens: int
     tensor_parallel: int
     pipeline_parallel: int
+    every_format: bool = False
 
     def space(self, weights: str, settings: Settings, fidelity: str) -> Space:
         return Space(
@@ -136,6 +138,7 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: 
         block_tokens=spec.block_size,
         tensor_parallel=parallel.tensor_parallel_size,
         pipeline_parallel=parallel.pipeline_parallel_size,
+        every_format=str(vllm_config.load_config.load_format) not in ("auto", "safetensors"),
     )
 
 
@@ -151,6 +154,8 @@ def _only_spec(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Atten
         raise Unsupported(f"KV of kind {type(spec).__name__} is not stored or loaded yet")
     if getattr(spec, "head_size_v", spec.head_size) != spec.head_size and not isinstance(spec, MLAAttentionSpec):
         raise Unsupported("K and V of different widths are not stored or loaded yet")
+    if str(vllm_config.load_config.load_format) == "dummy":
+        raise Unsupported("with --load-format dummy the weights have no files to know them by: nothing is cached")
     if vllm_config.speculative_config is not None:
         raise Unsupported("with speculative decoding nothing is stored or loaded yet")
     parallel = vllm_config.parallel_config

@@ -147,7 +147,7 @@ class Opening:
 
     def _open_in(self, store: CountingStore) -> OpenCache:
         settings = self._settings
-        weights = settings.weights_digest or weights_digest(self._facts.path, revision=self._facts.revision)
+        weights = settings.weights_digest or _digest_of(self._facts)
         space = self._facts.space(weights, settings, fidelity_class(self._codec, settings.max_kl))
         index = Index.open(store, space, settings=settings.index_settings())
         return OpenCache(
@@ -175,6 +175,10 @@ class Opening:
 
     def close(self) -> None:
         self._stopped.set()
+
+
+def _digest_of(facts: ModelFacts) -> str:
+    return weights_digest(facts.path, revision=facts.revision, every_format=facts.every_format)
 
 
 def check_store(settings: Settings) -> None:

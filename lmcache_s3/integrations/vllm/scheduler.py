@@ -321,6 +321,7 @@ class SchedulerRole:
             self.counters.add(void_extents=1)
         else:
             self.counters.add(stored_extents=1)
+        self.write_stats()
 
     def _give_up(self, name: str, why: str) -> None:
         upload = self._uploading.pop(name, None)
@@ -374,7 +375,8 @@ class SchedulerRole:
 
     def close(self, timeout_s: float) -> None:
         """Commits under way get `timeout_s` to end; what is not committed then is an orphan for garbage collection."""
-        end = time.monotonic() + timeout_s
+        begin = time.monotonic()
+        end = begin + timeout_s
         for future in list(self._publishing.values()):
             try:
                 future.result(max(0.0, end - time.monotonic()))
@@ -384,3 +386,4 @@ class SchedulerRole:
             self._cache.close(max(0.1, end - time.monotonic()))
         self._opening.close()
         self.write_stats()
+        logger.info("scheduler role closed in %.2f s", time.monotonic() - begin)

@@ -9,6 +9,7 @@ dropped and its extent given up; the engine is never held up.
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,8 @@ from lmcache_s3.uploading import StoredShard
 if TYPE_CHECKING:
     from lmcache_s3.config import Settings
     from lmcache_s3.handle import Handle
+
+logger = logging.getLogger("lmcache_s3.vllm")
 
 
 @dataclass
@@ -283,12 +286,14 @@ class WorkerRole:
 
     def close(self, timeout_s: float) -> None:
         """Wait for uploads under way, at most `timeout_s`, then let go."""
-        end = time.monotonic() + timeout_s
+        begin = time.monotonic()
+        end = begin + timeout_s
         while self._staging and time.monotonic() < end:
             time.sleep(0.01)
         if self._transfer is not None:
-            self._transfer.close()
+            self._transfer.close(max(0.1, end - time.monotonic()))
         self._store.close()
         self.write_stats()
         if self._audit is not None:
             self._audit.close()
+        logger.info("worker role closed in %.2f s", time.monotonic() - begin)
