@@ -88,3 +88,12 @@ def test_longer_than_possible_is_refused_before_it_is_read() -> None:
 def test_positions_that_cannot_be_are_refused(position: CellPosition) -> None:
     with pytest.raises(Invalid):
         wrap(PAYLOAD, SPEC, position)
+
+
+def test_the_vector_of_the_format() -> None:
+    """FORMAT.md, "Test vectors"."""
+    position = CellPosition(bytes.fromhex("b098794899605172f5df0077b32a6a43"), 512, 6, 4)
+    assert wrap(PAYLOAD, SPEC, position).hex() == (
+        "4c4d533343454c4c01003800b098794899605172f5df0077b32a6a43000200000000000006000300040002000700000000000000"
+        "d2fc47bb7061796c6f6164"
+    )

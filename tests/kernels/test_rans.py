@@ -102,3 +102,12 @@ def test_a_changed_stream_is_refused_or_at_least_bounded() -> None:
         with pytest.raises(ValueError, match=r"stream|words"):
             rans_reference.decode(noise.tolist(), [], [0], 64)
         assert not rans.decode(noise, words[:0], tables[:1], out[:1])
+
+
+def test_the_vector_of_the_format() -> None:
+    """FORMAT.md, "Test vectors"."""
+    symbols = np.array([[7 * i % 63 for i in range(64)]], np.uint8)
+    states, words = rans.encode(symbols, np.array([24], np.uint8))
+    assert len(words) == 32
+    assert words[:6].tolist() == [0xCFD1, 0x0FEA, 0x0FF1, 0x0FF8, 0x0000, 0x0007]
+    assert states[[0, 1, 2, 3, 31]].tolist() == [0x0006B000, 0x01000007, 0x0100000E, 0x01000015, 0x0001908D]
