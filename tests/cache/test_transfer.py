@@ -494,3 +494,57 @@ def test_a_codec_that_fails_ends_the_upload(make: MakeTransfer) -> None:
         assert transfer.drain(5)
         assert transfer.budget.held_bytes == 0
     assert issubclass(Unusable, LMCacheS3Error)
+
+
+def test_a_buffer_is_never_touched_after_its_handle_is_done(make: MakeTransfer, store: CountingStore) -> None:
+    """However a load ends: in time, at a deadline, cancelled, by its sink; an engine reuses its blocks at once."""
+    kv = random_kv(SPACE, 8 * N)
+    chunks = upload(make(), kv)
+    slow = FaultyStore(store, [Fault(mode="latency", verbs=GETS, latency_s=0.004, probability=0.5)], seed=3)
+    transfer = make(over=slow, piece_bytes=1)
+    rng = np.random.default_rng(5)
+    ends: set[str] = set()
+    for _ in range(60):
+        out = np.zeros_like(kv)
+
+        def sink(chunk: int, layers: range, heads: range, cell: np.ndarray, out: np.ndarray = out) -> None:
+            if rng.random() < 0.02:
+                raise ZeroDivisionError
+            out[:, layers.start : layers.stop, chunk * N : (chunk + 1) * N, heads.start : heads.stop] = cell
+
+        handle = transfer.load(chunks, sink, deadline_s=float(rng.uniform(0.001, 0.03)))
+        if rng.random() < 0.3:
+            time.sleep(float(rng.uniform(0, 0.01)))
+            handle.cancel()
+        while not handle.done():
+            time.sleep(0)
+        ours = out.copy()
+        error = handle.error()
+        if error is None:
+            report = handle.result()
+            loaded = report.loaded_chunks
+            assert same_bits(ours[:, :, : loaded * N], kv[:, :, : loaded * N])
+            assert (loaded == 8) == (not report.failed)
+            ends.add("late" if report.failed else "whole")
+        else:
+            ends.add(type(error).__name__)
+        out[:] = ours  # what the next owner writes
+        assert transfer.drain(5)
+        assert same_bits(out, ours)
+    assert ends == {"late", "whole", "Unavailable", "ZeroDivisionError"}
+    assert transfer.budget.held_bytes == 0
+
+
+def test_no_thread_stays_behind(store: CountingStore) -> None:
+    def ours() -> list[str]:
+        return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("lmcache-s3"))
+
+    before = ours()
+    transfer = Transfer(store, SPACE.id, GEOMETRY, make_codec("fast"), [HostTier(1 << 20)])
+    load(transfer, upload(transfer, random_kv(SPACE, 3 * N)))
+    assert len(ours()) > len(before)
+    transfer.close()
+    end_s = time.monotonic() + 5
+    while ours() != before and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert ours() == before
