@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import boto3
 import fsspec
 import ml_dtypes
 import numpy as np
@@ -190,6 +191,23 @@ class TestOpenExtent:
         for url in ("memory://bucket/extent", str(made.write(tmp_path))):
             assert (np.asarray(open_extent(url), np.float32) == expected).all()
         memory.rm("/bucket", recursive=True)
+
+    @pytest.mark.s3
+    @pytest.mark.parametrize("codec_id", ["fast", "cachegen"])
+    def test_from_a_real_s3_server(self, codec_id: str, bucket_url: str) -> None:
+        made = make_extent(make_codec(codec_id), geometry("bfloat16"), Grid(2, 2), 2)
+        bucket, prefix = bucket_url.removeprefix("s3://").split("/", 1)
+        client = boto3.client("s3")
+        for path, data in made.objects.items():
+            client.put_object(Bucket=bucket, Key=f"{prefix}/{path}", Body=data)
+        array = open_extent(bucket_url)
+        assert array[...].tobytes() == decoded_by_the_codec(made).tobytes()
+        assert array.dtype == ml_dtypes.bfloat16
+        client.delete_object(Bucket=bucket, Key=f"{prefix}/c/0/1/0/1/0")
+        with pytest.raises(Missing):
+            open_extent(bucket_url)
+        with pytest.raises(Missing):
+            open_extent(bucket_url + "/nowhere")
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(Missing):
