@@ -145,7 +145,10 @@ class Handle(Generic[T]):
         return self._future.exception() if self._future.done() else None
 
     def cancel(self) -> bool:
-        """End the work now: `result` raises `Unavailable(cancelled)`. False if it was done already."""
+        """End the work now: `result` raises `Unavailable(cancelled)`. False if it was done already.
+
+        Waits for a delivery under way, so not to be called from within one (a sink).
+        """
         if self._source is not None:
             return self._source.cancel()
         return self._work.fail(Unavailable("cancelled by its caller", kind="cancelled"))
