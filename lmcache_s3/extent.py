@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from lmcache_s3.codecs.base import JSON, KVCodec
+import numpy as np
+
+from lmcache_s3.codecs.base import JSON, CellSpec, KVCodec
 from lmcache_s3.codecs.checksum import crc32c
 from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.errors import Invalid, Unusable
@@ -61,6 +63,7 @@ DIMENSIONS = ("kv", "layer", "token", "head", "channel")
 _NO_CELL = 2**64 - 1
 _LIMIT = 2**31
 _U16 = 2**16 - 1
+_TEXT = "[ -~]{0,200}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,9 @@ def array_metadata(
         raise Invalid(f"{geometry} cannot be divided by {record.grid}", kind="argument")
     if codec.id != record.name.codec:
         raise Invalid(f"extent {record.name} is not of codec {codec.id!r}", kind="argument")
+    for text in (fidelity, writer):
+        if not re.fullmatch(_TEXT, text):
+            raise Invalid(f"{text[:80]!r} is not printable ASCII of at most 200 characters", kind="argument")
     metadata = ExtentMetadata(record, geometry, space_id, codec, fidelity, codec.measured_kl, writer, package_version())
     return json.dumps(_document(metadata), indent=2, allow_nan=False).encode()
 
@@ -233,9 +239,9 @@ class _Fields:
     def integer(self, name: str, low: int = 0, high: int = 2**63 - 1) -> int:
         return bounded(self.get(name, int), name, low, high)
 
-    def text(self, name: str, pattern: str = "[ -~]{0,200}") -> str:
+    def text(self, name: str, pattern: str = _TEXT) -> str:
         value: str = self.get(name, str)
-        if not re.fullmatch(pattern, value):
+        if not re.fullmatch(pattern, value, re.ASCII):
             raise Unusable(f"{self.what}: {name!r} is {value[:80]!r}", kind="format")
         return value
 
@@ -292,6 +298,10 @@ def _from_fields(document: dict[str, Any], fields: _Fields) -> ExtentMetadata:
         raw_bytes=fields.integer("raw_bytes", raw_bytes, raw_bytes),
     )
     codec = _codec(name.codec, fields.text("codec"), _first(sharding.get("codecs"), "codecs of a cell"))
+    lengths = np.frombuffer(record.lengths, "<u4")
+    longest = codec.max_encoded_bytes(CellSpec.of(geometry, grid))
+    if lengths.min() < 1 or lengths.max() > longest:
+        raise Unusable(f"a cell of {lengths.max()} bytes, admitted are 1 to {longest}", kind="oversized")
     return ExtentMetadata(
         record=record,
         geometry=geometry,

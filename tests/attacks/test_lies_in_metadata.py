@@ -57,6 +57,8 @@ LIES: dict[str, Lie] = {
     "negative raw_bytes": put(raw_bytes=-1),
     "more lengths than cells": put(lengths=packed("<13I", *[1] * 13)),
     "fewer lengths than cells": put(lengths=packed("<11I", *[1] * 11)),
+    "a cell of four gigabytes: fetched before anything is checked": put(lengths=packed("<12I", *[2**32 - 1] * 12)),
+    "a cell of nothing": put(lengths=packed("<12I", *[0] * 12)),
     "no sums: nothing would be verified": put(sums=""),
     "hashes of another chunk count": put(hashes=base64.b64encode(bytes(32)).decode()),
     # Names: one extent passed off as another.

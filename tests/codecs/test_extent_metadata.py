@@ -112,6 +112,11 @@ def test_arguments_that_disagree_are_refused() -> None:
     made = make_extent(make_codec("fast"), GEOMETRY, Grid(2, 2), 1)
     with pytest.raises(Invalid, match="codec"):
         array_metadata(made.record, GEOMETRY, make_codec("torch"), space_id=SPACE_ID, fidelity="exact")
+    for writer in ("a\nb", "Ω", "a" * 201):
+        with pytest.raises(Invalid, match="ASCII"):
+            array_metadata(
+                made.record, GEOMETRY, make_codec("fast"), space_id=SPACE_ID, fidelity="exact", writer=writer
+            )
     with pytest.raises(Invalid, match="divided"):
         array_metadata(
             made.record, Geometry(2, 3, 4, 8, "bfloat16", 8), make_codec("fast"), space_id=SPACE_ID, fidelity="exact"

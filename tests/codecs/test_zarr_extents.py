@@ -3,6 +3,7 @@ this package."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -15,13 +16,17 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from zarr.abc.codec import SupportsSyncCodec
+from zarr.core.array_spec import ArrayConfig
+from zarr.core.buffer import cpu, default_buffer_prototype
 
 from lmcache_s3.codecs.base import CellPosition, CellSpec
 from lmcache_s3.codecs.dtypes import TRUE_DTYPE
 from lmcache_s3.codecs.registry import CODEC_IDS, make_codec
+from lmcache_s3.codecs.zarr_ import SafetensorsZarr
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Missing, Unusable
 from lmcache_s3.extent import open_extent
-from lmcache_s3.testing.extents import MadeExtent, make_extent
+from lmcache_s3.testing.extents import MadeExtent, make_extent, random_bits
 from lmcache_s3.types import STORAGE_DTYPE, Geometry, Grid, KVDtype
 
 GRIDS = [Grid(stages, groups) for stages in (1, 2) for groups in (1, 2, 4)]
@@ -155,6 +160,26 @@ def test_plain_zarr_raises_on_a_flipped_bit(codec_id: str, tmp_path: Path) -> No
     np.testing.assert_equal(np.asarray(array[:, :, :16]).shape, (2, 4, 16, 4, 16))
     with pytest.raises((ValueError, Unusable), match="match"):
         array[:, :, 16:]
+
+
+def test_zarrs_synchronous_and_asynchronous_hooks_agree() -> None:
+    """zarr 3.1 calls `_decode_single`, later ones `_decode_sync` where the codec supports it."""
+    adapter = SafetensorsZarr.from_dict({"name": "lmcache_s3.safetensors", "configuration": {"kv_dtype": "bfloat16"}})
+    anything: object = adapter
+    assert isinstance(anything, SupportsSyncCodec)
+    assert SafetensorsZarr.from_dict(adapter.to_dict()).to_dict() == adapter.to_dict()
+    spec = CellSpec((2, 2, 4, 1, 8), "bfloat16")
+    bits = random_bits(spec.shape, "bfloat16", np.random.default_rng(0))
+    array = zarr.create_array({}, shape=spec.shape, chunks=spec.shape, dtype="uint16", fill_value=0)
+    chunk_spec = array.metadata.get_chunk_spec(
+        (0,) * 5, ArrayConfig(order="C", write_empty_chunks=False), default_buffer_prototype()
+    )
+    data = cpu.Buffer.from_bytes(make_codec("safetensors").encode(bits, spec, CellPosition(bytes(16), 0, 0, 0)))
+    sync = adapter._decode_sync(data, chunk_spec).as_numpy_array()
+    single = asyncio.run(adapter._decode_single(data, chunk_spec)).as_numpy_array()
+    assert (sync == bits).all()
+    assert (single == bits).all()
+    assert adapter.compute_encoded_size(0, chunk_spec) >= len(data)
 
 
 def test_a_configuration_that_does_not_fit_is_refused(tmp_path: Path) -> None:
