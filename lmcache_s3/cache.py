@@ -89,7 +89,7 @@ class Cache:
         self.metrics: Metrics = transfer.metrics
         self.damage = DamageControl(index, store, space.id, space.geometry, metrics=self.metrics)
         self._store = store
-        self._publisher = Publisher(store, index, space, transfer.codec)
+        self._publisher = Publisher(store, index, space, transfer.codec, before_commit=self.damage.settled_soon)
         self._storer = Storer(
             transfer, self._publisher, index, Grid(1, settings.head_groups or 1), settings.extent_bytes
         )

@@ -28,6 +28,7 @@ from lmcache_s3.types import HASH_BYTES, CellRef, ExtentName, ExtentRecord, Geom
 _log = logging.getLogger("lmcache_s3.damage")
 _ATTEMPTS = 8
 _FIRST_PAUSE_S = 1.0
+_SETTLE_S = 5.0
 
 
 class DamageControl:
@@ -56,24 +57,28 @@ class DamageControl:
         self._pause = pause or self._stopping.wait
         self._lock = threading.Condition()
         self._examined: set[ExtentName] = set()
-        self._condemned: set[ExtentName] = set()
+        self._removing: set[ExtentName] = set()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmcache-s3-damage")
 
     def report(self, name: ExtentName, why: str) -> None:
         """`name` gave unusable bytes. Never blocks; reports of an extent under examination are one."""
         self._index.hide(name)
         with self._lock:
-            if name in self._examined or name in self._condemned or self._stopping.is_set():
+            if name in self._examined or self._stopping.is_set():
                 return
             self._examined.add(name)
         self.metrics.add("damage_reports")
         future = self._thread.submit(self._examine, name, why)
-        future.add_done_callback(lambda _: self._forget(name))
+        future.add_done_callback(lambda _: self._examined_it(name))
 
     def settle(self, timeout_s: float | None = None) -> bool:
-        """Wait until everything reported so far was examined; False if that took longer."""
+        """Wait until all that was reported was examined, and removed if need be; False if that took longer."""
         with self._lock:
             return self._lock.wait_for(lambda: not self._examined, timeout_s)
+
+    def settled_soon(self) -> bool:
+        """`settle` with little patience, for who would rather commit after pending removals than before."""
+        return self.settle(_SETTLE_S)
 
     def close(self) -> None:
         """Gives up what is not examined yet; it stays hidden here."""
@@ -81,8 +86,21 @@ class DamageControl:
             self._stopping.set()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _forget(self, name: ExtentName) -> None:
+    def _examined_it(self, name: ExtentName) -> None:
         with self._lock:
+            if name not in self._removing:
+                self._examined.discard(name)
+                self._lock.notify_all()
+
+    def _remove(self, name: ExtentName, why: str) -> None:
+        """Under examination until the removal is committed, or failed: then a new report begins anew."""
+        with self._lock:
+            self._removing.add(name)
+        self._index.remove([name], why=why).add_done_callback(lambda _: self._removed(name))
+
+    def _removed(self, name: ExtentName) -> None:
+        with self._lock:
+            self._removing.discard(name)
             self._examined.discard(name)
             self._lock.notify_all()
 
@@ -99,9 +117,7 @@ class DamageControl:
                     _log.warning("extent %s is of a codec unknown here, and not used: %s", name, error)
                     return
                 self.metrics.add("damage_confirmed")
-                with self._lock:
-                    self._condemned.add(name)
-                self._index.remove([name], why=f"{why}; read again: {error}")
+                self._remove(name, f"{why}; read again: {error}")
                 return
             except Unavailable:
                 if self._pause(pause_s):

@@ -7,7 +7,7 @@ Raises nothing; what goes wrong is in the future: `Unavailable`, `Invalid`, `Unu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from lmcache_s3.codecs.base import KVCodec
@@ -21,14 +21,28 @@ from lmcache_s3.uploading import StoredShard
 
 
 class Publisher:
-    """Puts metadata and commits, for one space and codec. Thread-safe."""
+    """Puts metadata and commits, for one space and codec. Thread-safe.
 
-    def __init__(self, store: ObjectStore, index: Index, space: Space, codec: KVCodec, *, writer: str = "") -> None:
+    before_commit: called on the background thread, may block a while. An extent that replaces a damaged one is judged
+    COVERED while that is live, so pass `DamageControl.settled_soon`: removals then come first.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        index: Index,
+        space: Space,
+        codec: KVCodec,
+        *,
+        writer: str = "",
+        before_commit: Callable[[], object] = lambda: None,
+    ) -> None:
         self._store = store
         self._index = index
         self._space = space
         self._codec = codec
         self._writer = writer
+        self._before_commit = before_commit
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="lmcache-s3-publish")
 
     def publish(
@@ -60,6 +74,7 @@ class Publisher:
                 writer=self._writer,
             )
             self._store.put(f"{extent_prefix(self._space.id, name)}/zarr.json", document)
+            self._before_commit()
             self._index.commit([record]).add_done_callback(lambda done: _pass_on(done, answer))
 
         try:

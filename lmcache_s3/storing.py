@@ -104,7 +104,6 @@ class Storer:
         self._grid = grid
         self._chunks_per_extent = chunks_per_extent(transfer.geometry, transfer.codec, extent_bytes)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="lmcache-s3-storer")
-        self._stopping = False
 
     def store(
         self, root: bytes, hashes: Sequence[bytes], known: int, kv: np.ndarray, *, deadline_s: float
