@@ -56,6 +56,19 @@ def weights_digest(
         raise _cannot_find(model, f"{e.filename or 'a weight file'} cannot be read ({e.strerror or e})") from e
 
 
+def adapter_digest(path: str, *, cache_path: Path | None = None) -> str:
+    """64 hex digits for a LoRA adapter's directory: its `adapter_config.json` and `adapter_*` weight files."""
+    directory = Path(path).expanduser()
+    config = directory / "adapter_config.json"
+    try:
+        weights = sorted(p for p in directory.glob("adapter_*") if p.suffix in (".safetensors", *_OTHER_FORMATS))
+        if not weights or not config.is_file():
+            raise _cannot_find(path, "no adapter_config.json with adapter_* weights there")
+        return _combine([*weights, config], cache_path or _default_memory())
+    except OSError as e:
+        raise _cannot_find(path, f"{e.filename or 'an adapter file'} cannot be read ({e.strerror or e})") from e
+
+
 def model_config(model: str, *, revision: str | None = None) -> dict[str, Any]:
     """The model's config.json; empty where there is none. Raises `Invalid` if the model or its config is not there or
     not JSON."""

@@ -152,7 +152,7 @@ def test_another_process_hits_all_full_chunks_with_the_same_tokens(
         reader.reset_prefix_cache()
         answer = reader.ask([tokens], OUT, logprobs=2)[0]
         full = len(tokens) // CHUNK * CHUNK
-        assert answer.cached_tokens == min(full, len(tokens) - 1), name
+        assert answer.cached_tokens == full, name
         tally.same(name, answer, fleet.native_hit(tokens, full))
     stats = reader.stats()
     assert stats["scheduler"]["failed_loads"] == 0
@@ -168,7 +168,7 @@ def test_the_kv_loaded_is_the_kv_stored_bit_for_bit(fleet: Fleet, reader: Engine
 
 
 def test_a_store_of_one_extent_takes_three_puts(fleet: Fleet) -> None:
-    assert fleet.puts_per_store <= 3.3, "the probe's own creates are the rest"
+    assert fleet.puts_per_store <= 3
 
 
 def test_several_requests_at_once(fleet: Fleet, reader: EngineProcess, tally: Tally) -> None:

@@ -61,7 +61,7 @@ def _open_file(url: str) -> LocalStore:
 
 
 def _open_fsspec(url: str, scheme: str, options: StoreOptions) -> FsspecStore:
-    if scheme not in fsspec.available_protocols():
+    if scheme not in fsspec.available_protocols() and scheme not in fsspec.registry:
         near = difflib.get_close_matches(scheme, _KNOWN, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}://? " if near else ""
         raise Invalid(

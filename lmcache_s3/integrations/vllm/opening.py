@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from lmcache_s3.integrations.vllm.model import ModelFacts
 from lmcache_s3.publish import Publisher
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.tiers.stores.open import open_store
-from lmcache_s3.weights import weights_digest
+from lmcache_s3.weights import adapter_digest, weights_digest
 
 if TYPE_CHECKING:
     from lmcache_s3.config import Settings
@@ -45,14 +46,17 @@ class OpenCache:
     index: Index
     publisher: Publisher
     damage: DamageControl
+    before: Mapping[str, int]
 
     def facts(self) -> Mapping[str, Any]:
-        """For the stats file."""
-        counts = self.store.counts
+        """For the stats file; requests are counted from the opened index on (the start-up probe is not among them)."""
+        counts = Counter(self.store.counts)
+        counts.subtract(self.before)
         stats = self.index.stats()
         return {
             "index_version": stats.version,
             "index_extents": stats.extents,
+            "index_polls": stats.polls,
             "index_gets": counts["get"],
             "index_puts": counts["create"],
             "store_puts": counts["put"],
@@ -102,7 +106,7 @@ class Opening:
 
     def _read_adapter(self, path: str) -> None:
         try:
-            digest = weights_digest(path)
+            digest = adapter_digest(path)
         except LMCacheS3Error as error:
             logger.warning("adapter %s is not cached: %s", path, error)
             return
@@ -150,12 +154,15 @@ class Opening:
         weights = settings.weights_digest or _digest_of(self._facts)
         space = self._facts.space(weights, settings, fidelity_class(self._codec, settings.max_kl))
         index = Index.open(store, space, settings=settings.index_settings())
+        damage = DamageControl(index, store, space.id, space.geometry)
         return OpenCache(
             space,
             store,
             index,
-            Publisher(store, index, space, self._codec),
-            DamageControl(index, store, space.id),
+            # what replaces a damaged extent is committed after its removal, else it would count as covered
+            Publisher(store, index, space, self._codec, before_commit=damage.settled_soon),
+            damage,
+            before=dict(store.counts),
         )
 
     def restart(self) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from lmcache_s3.codecs.base import KVCodec
-from lmcache_s3.errors import LMCacheS3Error, Unusable
+from lmcache_s3.errors import Bug, LMCacheS3Error, Unusable
 from lmcache_s3.integrations.vllm.audit import Audit
 from lmcache_s3.integrations.vllm.blocks import EngineBlocks
 from lmcache_s3.integrations.vllm.metadata import (
@@ -160,8 +160,9 @@ class WorkerRole:
     def _finish_load(self, order: LoadOrder, handle: Handle[LoadReport]) -> bool:
         try:
             report = handle.result(0)
-        except LMCacheS3Error as error:
-            self._note_failure(order, [(0, order.chunks[0].extent.name, error)])
+        except Exception as error:  # noqa: BLE001 - whatever our sink raised: the request is computed
+            ours = error if isinstance(error, LMCacheS3Error) else Bug(f"writing into the engine's blocks: {error!r}")
+            self._note_failure(order, [(0, order.chunks[0].extent.name, ours)])
             return False
         if report.failed or report.loaded_chunks != len(order.chunks):
             self._note_failure(order, report.failed)
@@ -224,8 +225,8 @@ class WorkerRole:
         def finished(handle: Handle[StoredShard], shard: int) -> None:
             try:
                 part = handle.result(0)
-            except LMCacheS3Error as error:
-                self._fail(order, error.kind, str(error))
+            except Exception as error:  # noqa: BLE001 - an extent that cannot be stored is given up, whatever the cause
+                self._fail(order, getattr(error, "kind", "bug"), str(error))
             else:
                 with self._lock:
                     self._report.stored.append(
