@@ -234,6 +234,27 @@ class EngineProcess:
         ids: list[int] = self._call({"op": "encode", "text": payload}, 60.0)["ids"]
         return ids
 
+    def warm_up(
+        self,
+        prompt: Prompt,
+        *,
+        until: Callable[[dict[str, dict[str, float]]], bool] = lambda stats: bool(stats["scheduler"].get("ready")),
+        timeout_s: float = 60.0,
+        tick: Callable[[float], None] | None = None,
+    ) -> None:
+        """Ask a short prompt, once and then until the connector's counters say so (default: its index is open).
+
+        An idle engine takes no steps, and counters are written with steps: waiting alone would not show them.
+        """
+        start_s = time.monotonic()
+        while True:
+            self.ask(prompt, 1, tick=tick)
+            if until(now := self.stats()):
+                return
+            if time.monotonic() - start_s > timeout_s:
+                raise EngineFailed(f"{self.name} was not ready in {timeout_s:.0f} s: {now}\n{self.log_tail()}")
+            time.sleep(0.2)
+
     def reset_prefix_cache(self) -> None:
         """Forget the engine's own prefix cache (the connector's state stays)."""
         self.ready()
@@ -250,7 +271,7 @@ class EngineProcess:
                 values = json.loads(path.read_text())
                 role = out.setdefault(str(values.get("role", "worker")), {})
                 for key, value in values.items():
-                    if isinstance(value, int | float) and not isinstance(value, bool) and key != "rank":
+                    if isinstance(value, int | float) and key != "rank":  # a truth value counts the ranks it is true of
                         role[key] = role.get(key, 0) + value
         return out
 
