@@ -75,6 +75,13 @@ class KVCodec(ABC):
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
         """Stored bytes of a cell. `cell`: shape and storage dtype as the spec says, any strides; not kept."""
 
+    def view(self, data: Buffer, spec: CellSpec, position: CellPosition | None) -> np.ndarray | None:
+        """What `decode` would give, as a read-only view of `data`, where stored bytes are the bits themselves.
+
+        None: they are not, `decode` them. Raises as `decode` does.
+        """
+        return None
+
     @abstractmethod
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
         """Decode into `out` (shape and storage dtype as in `encode`, any strides, caller's).

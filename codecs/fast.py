@@ -43,13 +43,16 @@ class FastCodec(KVCodec):
         bits = contiguous(cell, spec).reshape(-1).view(np.uint8).data
         return b"".join((bits, crc32c(bits).to_bytes(CRC_BYTES, "little")))
 
-    def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
-        check_array(out, spec, what="out")
+    def view(self, data: Buffer, spec: CellSpec, position: CellPosition | None) -> np.ndarray:
         wanted = self.max_encoded_bytes(spec)
         if len(data) != wanted:
             kind = "truncated" if len(data) < wanted else "oversized"
             raise Unusable(f"fast cell of {len(data)} bytes, its shape makes {wanted}", kind=kind)
-        bits = memoryview(data)[:-CRC_BYTES]
+        bits = memoryview(data).toreadonly()[:-CRC_BYTES]
         if position is None and crc32c(bits) != int.from_bytes(data[-CRC_BYTES:], "little"):
             raise Unusable("cell's crc32c does not match", kind="checksum")
-        np.copyto(out, np.frombuffer(bits, storage_dtype(spec)).reshape(spec.shape))
+        return np.frombuffer(bits, storage_dtype(spec)).reshape(spec.shape)
+
+    def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
+        check_array(out, spec, what="out")
+        np.copyto(out, self.view(data, spec, position))

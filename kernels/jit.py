@@ -1,4 +1,4 @@
-"""How our Numba kernels are compiled: on first call, without the GIL, kept on disk where that is possible.
+"""How our Numba kernels are compiled: without the GIL, kept on disk where that is possible.
 
 Raises nothing of its own. Floating point stays IEEE 754 to the bit (no fast-math, no contraction), because stored bytes
 depend on it.
@@ -14,9 +14,12 @@ import numba
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def kernel(function: F) -> F:
-    """Compile lazily with `nogil`, cached beside the source or in the user's cache directory, else in memory only."""
+def kernel(function: F, signature: object = None) -> F:
+    """Compile with `nogil`, cached beside the source or in the user's cache directory, else in memory only.
+
+    signature: of Numba, to compile for now; None: on first call, for what it is called with.
+    """
     try:
-        return cast(F, numba.njit(nogil=True, cache=True, fastmath=False)(function))
+        return cast(F, numba.njit(signature, nogil=True, cache=True, fastmath=False)(function))
     except RuntimeError:  # Numba found no directory that it may write
-        return cast(F, numba.njit(nogil=True, fastmath=False)(function))
+        return cast(F, numba.njit(signature, nogil=True, fastmath=False)(function))

@@ -2,7 +2,8 @@
 
 An engine layer is a view `[block, head, slot, content]` of any strides. Where token n's channel d of K or V lies inside
 one (block, head) *plane* is the engine's own affair (vLLM's CPU backend transposes K inside a block); a `PlaneMap` says
-it, learnt from the engine by `lmcache_s3.integrations.vllm.layout`. Cells are `[kv, token, head, channel]` per layer.
+it, learnt from the engine by `lmcache_s3.integrations.vllm.layout`. Cells are `[kv, layer, token, head, channel]`; the
+torch forms take one layer at a time.
 
 Three forms with the same results: `gather`/`scatter` (Numba, host memory, no GIL), `gather_torch`/`scatter_torch` (any
 torch device), and the readable one in `paged_reference.py`. No I/O, no configuration; bits are copied, never converted.
@@ -11,13 +12,16 @@ Raises `Bug` when blocks or shapes do not fit; nothing is copied then.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
 
 from lmcache_s3.errors import Bug
+from lmcache_s3.kernels.jit import kernel
 
 if TYPE_CHECKING:
     import torch
@@ -48,70 +52,145 @@ class PlaneMap:
 
 
 @dataclass(frozen=True, slots=True)
-class HostLayer:
-    """One engine layer in host memory. `flat`: 1-D unsigned integers over the layer's memory; strides in elements."""
+class HostLayers:
+    """Engine layers in host memory, alike but for where they begin. Strides in elements.
+
+    flat: 1-D unsigned integers over memory from the first of them to the last. bases: int64 [layer], where each begins.
+    offsets: int64 [kv, slot, channel], from a plane's beginning. steps: int64 [kv, 3], (first, per slot, per channel)
+    where they make up the offsets; empty where no such steps do (a packed layout).
+    """
 
     flat: np.ndarray
+    bases: np.ndarray
     blocks: int
     heads: int
     block_stride: int
     head_stride: int
     offsets: np.ndarray
+    steps: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         last = (self.blocks - 1) * self.block_stride + (self.heads - 1) * self.head_stride + int(self.offsets.max())
-        if last >= self.flat.size or int(self.offsets.min()) < 0:
-            raise Bug(f"engine layer: strides reach element {last} of {self.flat.size}", kind="layout")
+        if int(self.bases.max()) + last >= self.flat.size or min(int(self.offsets.min()), int(self.bases.min())) < 0:
+            raise Bug(f"engine layers: strides reach element {last} of {self.flat.size}", kind="layout")
+        object.__setattr__(self, "steps", _steps(self.offsets))
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _gather(flat: Any, bases: Any, head_stride: int, offsets: Any, out: Any) -> None:
+def _steps(offsets: np.ndarray) -> np.ndarray:
     kv, slots, channels = offsets.shape
-    for b in range(bases.shape[0]):
-        for h in range(out.shape[2]):
-            base = bases[b] + h * head_stride
-            for s in range(kv):
-                for n in range(slots):
-                    for d in range(channels):
-                        out[s, b * slots + n, h, d] = flat[base + offsets[s, n, d]]
+    n, d = np.ogrid[:slots, :channels]
+    steps = np.zeros((kv, 3), np.int64)
+    for s in range(kv):
+        plane = offsets[s]
+        steps[s, 0] = plane[0, 0]
+        steps[s, 1] = plane[1, 0] - plane[0, 0] if slots > 1 else 1
+        steps[s, 2] = plane[0, 1] - plane[0, 0] if channels > 1 else 1
+        if not np.array_equal(plane, steps[s, 0] + n * steps[s, 1] + d * steps[s, 2]):
+            return np.zeros((0, 3), np.int64)
+    return steps
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _scatter(flat: Any, bases: Any, head_stride: int, offsets: Any, cell: Any) -> None:
+def _gather(flat: Any, bases: Any, head_stride: int, offsets: Any, steps: Any, out: Any) -> None:
     kv, slots, channels = offsets.shape
-    for b in range(bases.shape[0]):
-        for h in range(cell.shape[2]):
-            base = bases[b] + h * head_stride
-            for s in range(kv):
-                for n in range(slots):
-                    for d in range(channels):
-                        flat[base + offsets[s, n, d]] = cell[s, b * slots + n, h, d]
+    for i in range(bases.shape[0]):
+        for b in range(bases.shape[1]):
+            first = b * slots
+            for h in range(out.shape[3]):
+                base = bases[i, b] + h * head_stride
+                for s in range(kv):
+                    if not len(steps):
+                        for n in range(slots):
+                            for d in range(channels):
+                                out[s, i, first + n, h, d] = flat[base + offsets[s, n, d]]
+                    elif steps[s, 1] == 1:  # transposed: run along memory, which is along the slots
+                        for d in range(channels):
+                            place = base + steps[s, 0] + d * steps[s, 2]
+                            for n in range(slots):
+                                out[s, i, first + n, h, d] = flat[place + n]
+                    else:
+                        for n in range(slots):
+                            place = base + steps[s, 0] + n * steps[s, 1]
+                            for d in range(channels):
+                                out[s, i, first + n, h, d] = flat[place + d * steps[s, 2]]
 
 
-def _bases(layer: HostLayer, block_ids: np.ndarray, first_head: int, cell: np.ndarray) -> np.ndarray:
-    kv, slots, channels = layer.offsets.shape
-    heads = cell.shape[2]
-    if cell.shape != (kv, len(block_ids) * slots, heads, channels) or cell.dtype != layer.flat.dtype:
+def _scatter(flat: Any, bases: Any, head_stride: int, offsets: Any, steps: Any, cell: Any) -> None:
+    kv, slots, channels = offsets.shape
+    for i in range(bases.shape[0]):
+        for b in range(bases.shape[1]):
+            first = b * slots
+            for h in range(cell.shape[3]):
+                base = bases[i, b] + h * head_stride
+                for s in range(kv):
+                    if not len(steps):
+                        for n in range(slots):
+                            for d in range(channels):
+                                flat[base + offsets[s, n, d]] = cell[s, i, first + n, h, d]
+                    elif steps[s, 1] == 1:
+                        for d in range(channels):
+                            place = base + steps[s, 0] + d * steps[s, 2]
+                            for n in range(slots):
+                                flat[place + n] = cell[s, i, first + n, h, d]
+                    else:
+                        for n in range(slots):
+                            place = base + steps[s, 0] + n * steps[s, 1]
+                            for d in range(channels):
+                                flat[place + d * steps[s, 2]] = cell[s, i, first + n, h, d]
+
+
+@cache
+def _compiled(dtype: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """(gather, scatter) for one unsigned type: compiled now and once, for cells of any strides, writeable or not.
+
+    One call a cell, not one a layer: each takes the GIL again when it is done, and may wait for it.
+    """
+    element = numba.from_dtype(np.dtype(dtype))
+    array, numbers = numba.types.Array, numba.types.int64
+    flat, bases = array(element, 1, "C"), array(numbers, 2, "C", readonly=True)
+    offsets, steps = array(numbers, 3, "C", readonly=True), array(numbers, 2, "C", readonly=True)
+    common = (flat, bases, numbers, offsets, steps)
+    none = numba.types.void
+    return (
+        kernel(_gather, none(*common, array(element, 5, "A"))),
+        kernel(_scatter, none(*common, array(element, 5, "A", readonly=True))),
+    )
+
+
+def _bases(where: HostLayers, layers: range, block_ids: np.ndarray, first_head: int, cell: np.ndarray) -> np.ndarray:
+    """Where each layer's and block's first plane begins, int64 [layer, block], after everything was checked."""
+    kv, slots, channels = where.offsets.shape
+    heads = cell.shape[3]
+    if cell.shape != (kv, len(layers), len(block_ids) * slots, heads, channels) or cell.dtype != where.flat.dtype:
         raise Bug(
-            f"cell {cell.dtype}{cell.shape} does not fit {len(block_ids)} blocks of [{kv}, {slots}, {channels}] "
-            f"{layer.flat.dtype}",
+            f"cell {cell.dtype}{cell.shape} does not fit {len(layers)} layers, {len(block_ids)} blocks of "
+            f"[{kv}, {slots}, {channels}] {where.flat.dtype}",
             kind="shape",
         )
-    if len(block_ids) and not (int(block_ids.min()) >= 0 and int(block_ids.max()) < layer.blocks):
-        raise Bug(f"block {int(block_ids.max())} is outside the engine's {layer.blocks}", kind="shape")
-    if not 0 <= first_head <= first_head + heads <= layer.heads:
-        raise Bug(f"heads {first_head}…{first_head + heads} are outside the engine's {layer.heads}", kind="shape")
-    return np.asarray(block_ids, dtype=np.int64) * layer.block_stride + first_head * layer.head_stride
+    if len(block_ids) and not (int(block_ids.min()) >= 0 and int(block_ids.max()) < where.blocks):
+        raise Bug(f"block {int(block_ids.max())} is outside the engine's {where.blocks}", kind="shape")
+    if not 0 <= first_head <= first_head + heads <= where.heads:
+        raise Bug(f"heads {first_head}…{first_head + heads} are outside the engine's {where.heads}", kind="shape")
+    if not 0 <= layers.start <= layers.stop <= len(where.bases):
+        raise Bug(f"layers {layers} are outside the engine's {len(where.bases)}", kind="shape")
+    blocks = np.asarray(block_ids, dtype=np.int64) * where.block_stride + first_head * where.head_stride
+    return np.ascontiguousarray(where.bases[layers.start : layers.stop, None] + blocks[None])
 
 
-def gather(layer: HostLayer, block_ids: np.ndarray, first_head: int, out: np.ndarray) -> None:
-    """Engine blocks → `out` [kv, token, head, channel] (any strides, the layer's unsigned dtype)."""
-    _gather(layer.flat, _bases(layer, block_ids, first_head, out), layer.head_stride, layer.offsets, out)
+def gather(where: HostLayers, layers: range, block_ids: np.ndarray, first_head: int, out: np.ndarray) -> None:
+    """Engine blocks → `out` [kv, layer, token, head, channel] (any strides, the layers' unsigned dtype).
+
+    layers: which of the engine's; heads first_head … as many as `out` has.
+    """
+    bases = _bases(where, layers, block_ids, first_head, out)
+    run, _ = _compiled(where.flat.dtype.name)
+    run(where.flat, bases, where.head_stride, where.offsets, where.steps, out)
 
 
-def scatter(layer: HostLayer, block_ids: np.ndarray, first_head: int, cell: np.ndarray) -> None:
-    """`cell` [kv, token, head, channel] → engine blocks, heads first_head … ."""
-    _scatter(layer.flat, _bases(layer, block_ids, first_head, cell), layer.head_stride, layer.offsets, cell)
+def scatter(where: HostLayers, layers: range, block_ids: np.ndarray, first_head: int, cell: np.ndarray) -> None:
+    """`cell` [kv, layer, token, head, channel] → engine blocks; the other way round."""
+    bases = _bases(where, layers, block_ids, first_head, cell)
+    _, run = _compiled(where.flat.dtype.name)
+    run(where.flat, bases, where.head_stride, where.offsets, where.steps, cell)
 
 
 def gather_torch(view: torch.Tensor, block_ids: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

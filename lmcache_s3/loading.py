@@ -28,7 +28,8 @@ from lmcache_s3.types import Buffer, CellRef, ChunkRef, ExtentName, ExtentRecord
 Sink: TypeAlias = Callable[[int, range, range, np.ndarray], None]
 """Takes (index into the chunks asked for, model layers, model heads, decoded cell cut to those: axes
 `[kv, layer, token, head, channel]`, storage dtype). Called from load threads, several at once, once per chunk and
-overlapping shard; the array is the sink's to keep. Never called, nor still running, once the load's handle is done."""
+overlapping shard; the array is the sink's to keep, not to write. Never called, nor still running, once the load's
+handle is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,9 +262,7 @@ class Load:
             with self._lock:
                 self._tier_bytes[self._stack.name(level)] += part.cell.length
             try:
-                out = np.empty(piece.spec.shape, self._geometry.storage_dtype)
-                if self._sink is not None:
-                    codec.decode(data, piece.spec, part.position, out)
+                out = self._decoded(codec, data, piece.spec, part.position)
             except Unusable as e:
                 self._stack.discard([part.cell])
                 self._fail(part, e)
@@ -272,12 +271,22 @@ class Load:
                 return
         self._promote(cells, fetched.data, fetched.levels)
 
-    def _deliver(self, part: Part, out: np.ndarray) -> bool:
+    def _decoded(self, codec: KVCodec, data: Buffer, spec: CellSpec, position: CellPosition) -> np.ndarray | None:
+        """The cell; None where nobody wants it decoded."""
+        if self._sink is None:
+            return None
+        out = codec.view(data, spec, position)  # spares a copy of everything
+        if out is None:
+            out = np.empty(spec.shape, self._geometry.storage_dtype)
+            codec.decode(data, spec, position, out)
+        return out
+
+    def _deliver(self, part: Part, out: np.ndarray | None) -> bool:
         grid, shard = part.cell.grid, part.cell.shard
-        cut = cut_cell(self._geometry, grid, shard, part.layers, part.heads, out)
 
         def deliver() -> None:
-            if self._sink is not None:
+            if self._sink is not None and out is not None:
+                cut = cut_cell(self._geometry, grid, shard, part.layers, part.heads, out)
                 self._sink(part.chunk, part.layers, part.heads, cut)
             with self._lock:
                 self._missing[part.chunk] -= 1

@@ -8,6 +8,7 @@ Raises `Invalid` (arguments, settings); everything else ends up in a `LoadReport
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,13 @@ from lmcache_s3.uploading import ShardJob, StoredShard, Upload
 PROMOTE_SHARE = 0.5
 """Promotions use at most this part of the budget: a slow disk must not hold up loads."""
 
+WAITING_SHARE = 0.25
+"""Promotions wait for the end of their load, but hold at most this part of the budget meanwhile; more go on at once.
+What is left is enough for any piece, so no load waits for promotions that wait for it."""
+
+KEEP_SHARE = 0.25
+"""Memory for reads that is kept, beside the budget, for the next ones."""
+
 STORE_SHARE = 0.75
 """Uploads use at most this part."""
 
@@ -50,10 +58,39 @@ class TransferSettings:
     store_deadline_s: float = 60.0
 
 
+class _Promotions:
+    """The promotions of one load: held back until it has ended, so that they do not compete with it. Thread-safe.
+
+    start: runs a call in the background, False if there is none any more. room: for what waits, of all loads.
+    """
+
+    def __init__(self, start: Callable[[Callable[[], None]], bool], room: ByteBudget) -> None:
+        self._start, self._room = start, room
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[Callable[[], None], int]] | None = []
+
+    def add(self, keep: Callable[[], None], n_bytes: int) -> bool:
+        """Run `keep` in the background, later if there is room to wait; False if it will not be run any more."""
+        with self._lock:
+            if self._waiting is not None and self._room.try_take(n_bytes):
+                self._waiting.append((keep, n_bytes))
+                return True
+        return self._start(keep)
+
+    def begin(self) -> None:
+        """The load has ended."""
+        with self._lock:
+            waiting, self._waiting = self._waiting or [], None
+        for keep, n_bytes in waiting:
+            self._room.give_back(n_bytes)
+            self._start(keep)
+
+
 class Transfer:
     """Moves cells between callers, tiers and the bucket. Thread-safe; nothing here blocks its caller on I/O.
 
     tiers: fast → slow, without the object tier; closed with the transfer. The store stays its opener's.
+    on_thread_start: called by each of its threads first.
     """
 
     def __init__(
@@ -66,13 +103,16 @@ class Transfer:
         *,
         settings: TransferSettings = TransferSettings(),
         metrics: Metrics | None = None,
+        on_thread_start: Callable[[], None] | None = None,
     ) -> None:
         self.geometry = geometry
         self.codec = codec
         self.settings = settings
         self.metrics = metrics or Metrics()
         self.budget = ByteBudget(settings.staging_bytes)
-        self.stack = TierStack(tiers, ObjectTier(store, space_id, shard_index))
+        self._waiting = ByteBudget(max(1, int(settings.staging_bytes * WAITING_SHARE)))
+        keep_bytes = int(settings.staging_bytes * KEEP_SHARE)
+        self.stack = TierStack(tiers, ObjectTier(store, space_id, shard_index, keep_buffers_bytes=keep_bytes))
         self._codecs = Codecs(codec)
         least = codec.max_encoded_bytes(CellSpec.of(geometry, Grid())) + geometry.chunk_bytes
         if settings.staging_bytes * STORE_SHARE < least:
@@ -86,9 +126,10 @@ class Transfer:
         self._piece_bytes = min(settings.piece_bytes, settings.staging_bytes // 4)
         self._deadlines = Deadlines()
         n = settings.io_threads
-        self._loads = ThreadPoolExecutor(n, thread_name_prefix="lmcache-s3-load")
-        self._stores = ThreadPoolExecutor(max(2, n // 2), thread_name_prefix="lmcache-s3-store")
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="lmcache-s3-promote")
+        pools = (("load", n), ("store", max(2, n // 2)), ("promote", 1))
+        self._loads, self._stores, self._background = (
+            ThreadPoolExecutor(threads, f"lmcache-s3-{name}", on_thread_start) for name, threads in pools
+        )
         self._changed = threading.Condition()
         self._running: set[Work[Any]] = set()
         self._steps = 0
@@ -112,7 +153,14 @@ class Transfer:
         want_layers = range(self.geometry.layers) if layers is None else layers
         want_heads = range(self.geometry.heads) if heads is None else heads
         self.metrics.add("loads")
-        return self._start_load(chunks, sink, want_layers, want_heads, deadline_s, self._promote)
+        promotions = _Promotions(lambda keep: self._step(self._background, keep), self._waiting)
+
+        def fetched(cells: Sequence[CellRef], data: Sequence[Buffer], level: int) -> None:
+            self._promote(promotions, cells, data, level)
+
+        handle = self._start_load(chunks, sink, want_layers, want_heads, deadline_s, fetched)
+        handle.add_done_callback(lambda _: promotions.begin())
+        return handle
 
     def prefetch(
         self, chunks: Sequence[ChunkRef], tier: str = "host", *, deadline_s: float | None = None
@@ -208,7 +256,8 @@ class Transfer:
         upload.work.handle.add_done_callback(self._count_upload)
         self.watch(upload.work, self.settings.store_deadline_s if deadline_s is None else deadline_s)
         for i in range(len(cells)):
-            self._submit(self._stores, upload.work, upload.run, i)
+            # Also when the first cells have failed already: the last to run gives the memory back.
+            self._step(self._stores, functools.partial(upload.run, i), upload.work)
         return upload.work.handle
 
     def _count_upload(self, handle: Handle[StoredShard]) -> None:
@@ -222,7 +271,7 @@ class Transfer:
 
     # --- tiers
 
-    def _promote(self, cells: Sequence[CellRef], data: Sequence[Buffer], level: int) -> None:
+    def _promote(self, promotions: _Promotions, cells: Sequence[CellRef], data: Sequence[Buffer], level: int) -> None:
         """Keep fetched cells in the tiers above `level`, in the background; skipped when that falls behind."""
         n_bytes = sum(cell.length for cell in cells)
         if not self.budget.try_take(n_bytes, PROMOTE_SHARE):
@@ -235,7 +284,7 @@ class Transfer:
             finally:
                 self.budget.give_back(n_bytes)
 
-        if not self._step(self._background, keep):
+        if not promotions.add(keep, n_bytes):
             self.budget.give_back(n_bytes)
 
     def _keep(self, cells: Sequence[CellRef], data: Sequence[Buffer], levels: range) -> None:

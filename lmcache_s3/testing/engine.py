@@ -123,6 +123,9 @@ class EngineProcess:
         environment = {
             **os.environ,
             "VLLM_CPU_KVCACHE_SPACE": str(kv_space_gib),
+            # One core is left to the server, the scheduler and I/O, with a connector as without one: vLLM itself leaves
+            # a connector's engine two, or none where there are but two, and then no two engines compute alike.
+            "VLLM_CPU_NUM_OF_RESERVED_CPU": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",

@@ -173,6 +173,9 @@ class StoreOf:
         found = [key for key in sorted(self._world.objects) if key.startswith(prefix) and key > start_after]
         return iter([ObjectInfo(key, len(self._world.objects[key]), 0.0) for key in found[:limit]])
 
+    def check(self) -> None:
+        next(self.list("", limit=1), None)
+
     def close(self) -> None:
         pass
 
@@ -356,7 +359,7 @@ def checkpointer(me: Process) -> None:
 
 
 def collector(me: Process) -> None:
-    """Removes live extents and raises the floor at whim; deletes what FORMAT.md §6 lets it delete."""
+    """Removes live extents and raises the floor at whim; deletes what FORMAT.md §4.5 lets it delete."""
     retry(me.log.open)
     while True:
         retry(me.log.sync)

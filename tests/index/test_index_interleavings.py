@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from lmcache_s3.index import log as log_module
 from lmcache_s3.index.log import Log, _Read
-from lmcache_s3.index.manifest import State, fence
+from lmcache_s3.index.manifest import State, fence, log_key
 from lmcache_s3.testing.manifest_model import (
     Fate,
     Violation,
@@ -167,11 +166,16 @@ class FenceBeforeCreate(Log):
 
 class NoFenceForWhatIsRead(Log):
     def _settle(self, batch: list[_Read]) -> State:
-        object.__setattr__(self, "own", bool(batch))
+        object.__setattr__(self, "read", False)
         return super()._settle(batch)
 
+    def _read_batch(self, first: int):  # type: ignore[no-untyped-def]
+        out = super()._read_batch(first)
+        object.__setattr__(self, "read", bool(out[0]))
+        return out
+
     def _exists(self, version: int) -> bool:
-        return self.own and super()._exists(version)  # type: ignore[attr-defined]
+        return not self.read and super()._exists(version)  # type: ignore[attr-defined]
 
 
 class FenceOfTheLast(Log):
@@ -193,7 +197,7 @@ class NeverOnEmptyPolls(Log):
 
 class PlainPut(Log):
     def _create(self, version: int, body: bytes) -> Outcome:
-        self.store.put(log_module.log_key(self.space_id, version), body)
+        self.store.put(log_key(self.space_id, version), body)
         return Outcome.WON
 
 

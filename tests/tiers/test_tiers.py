@@ -32,7 +32,8 @@ class TestHostTier(TierTests):
 
     def peek(self, tier: Tier, cell: CellRef) -> bytes | None:
         assert isinstance(tier, HostTier)
-        return tier._lru.held(key_of(cell))
+        held = tier._lru.held(key_of(cell))
+        return None if held is None else bytes(held)
 
 
 class TestDeviceTier(TierTests):

@@ -23,6 +23,7 @@ class CountingStore:
         self.read_bytes = 0
         self.written_bytes = 0
         self._lock = threading.Lock()
+        self._here = threading.local()
 
     @property
     def url(self) -> str:
@@ -71,7 +72,12 @@ class CountingStore:
             self.counts.clear()
             self.read_bytes = self.written_bytes = 0
 
+    def requests_by_this_thread(self) -> int:
+        """Requests that the calling thread made itself, since start: proof of who waits for the store."""
+        return getattr(self._here, "requests", 0)
+
     def _count(self, verb: str) -> None:
+        self._here.requests = self.requests_by_this_thread() + 1
         with self._lock:
             self.counts[verb] += 1
 

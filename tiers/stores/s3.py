@@ -33,6 +33,7 @@ MAX_PUT_BYTES = 5 << 30
 
 _PAGE = 1000
 _SKIP_BYTES = 1 << 20
+_READ_BYTES = 1 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)", re.ASCII)
 
 
@@ -96,7 +97,8 @@ class S3Store:
         with self._body(key, start, start + len(view)) as (body, _):
             done = 0
             while done < len(view):
-                n = body.readinto(view[done:])
+                # By slices: urllib3 reads each into memory of its own first.
+                n = body.readinto(view[done : done + _READ_BYTES])
                 if n == 0:
                     raise self._cut(key)
                 done += n

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lmcache_s3.errors import Bug, Invalid
-from lmcache_s3.integrations.vllm.layout import host_layer, learn_plane_map
+from lmcache_s3.integrations.vllm.layout import host_layers, learn_plane_map
 from lmcache_s3.integrations.vllm.model import ModelFacts, rank_layers
 from lmcache_s3.kernels import paged
 from lmcache_s3.types import ITEM_BYTES, STORAGE_DTYPE, Geometry, Grid
@@ -33,7 +33,7 @@ class EngineBlocks:
     storage: np.dtype[Any]
     plane: paged.PlaneMap
     views: list[torch.Tensor]
-    host: list[paged.HostLayer] | None
+    host: paged.HostLayers | None
 
     @classmethod
     def learn(
@@ -47,7 +47,11 @@ class EngineBlocks:
         views = [kv_caches[name] for name in names]
         heads = facts.heads_of(tensor_rank)
         for name, view in zip(names, views, strict=True):
-            if view.dim() != 4 or view.shape[1] != len(heads) or view.shape != views[0].shape:
+            alike = view.shape == views[0].shape and view.dtype == views[0].dtype
+            same_backend = type(attention_layers[name].impl) is type(attention_layers[names[0]].impl)
+            if not alike or not same_backend:
+                raise Invalid(f"engine layer {name}: not kept as layer {names[0]} is", kind="engine")
+            if view.dim() != 4 or view.shape[1] != len(heads):
                 raise Invalid(
                     f"engine layer {name}: {tuple(view.shape)} is not [block, {len(heads)} heads, slot, content]",
                     kind="engine",
@@ -64,7 +68,7 @@ class EngineBlocks:
             np.dtype(STORAGE_DTYPE[facts.kv_dtype]),
             plane,
             views,
-            [host_layer(view, plane) for view in views] if on_host else None,
+            host_layers(views, plane) if on_host else None,
         )
         blocks.warm_up()
         return blocks
@@ -105,9 +109,8 @@ class EngineBlocks:
         kv, slots, channels = self.plane.index.shape
         shape = (kv, len(self.views), len(ids) * slots, len(self.heads), channels)
         if self.host is not None:
-            out = np.empty(shape, dtype=self.host[0].flat.dtype)
-            for i, layer in enumerate(self.host):
-                paged.gather(layer, ids, 0, out[:, i])
+            out = np.empty(shape, dtype=self.host.flat.dtype)
+            paged.gather(self.host, range(len(self.views)), ids, 0, out)
             return out.view(self.storage)
         device = self.views[0].device
         block_ids, index = torch.from_numpy(ids).to(device), torch.from_numpy(self.plane.index).to(device)
@@ -119,8 +122,8 @@ class EngineBlocks:
         bits = cell.view(_BITS[cell.dtype.itemsize])
         first_head = heads.start - self.heads.start
         if self.host is not None:
-            for i, place in enumerate(layers):
-                paged.scatter(self.host[place - self.layers.start], ids, first_head, bits[:, i])
+            mine = range(layers.start - self.layers.start, layers.stop - self.layers.start)
+            paged.scatter(self.host, mine, ids, first_head, bits)
             return
         view = self.views[0]
         block_ids, index = torch.from_numpy(ids).to(view.device), torch.from_numpy(self.plane.index).to(view.device)

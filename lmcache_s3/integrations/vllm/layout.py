@@ -10,13 +10,15 @@ Raises `Invalid` (kind `engine`) where no consistent map comes out: the caller t
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from lmcache_s3.errors import Invalid
-from lmcache_s3.kernels.paged import HostLayer, PlaneMap
+from lmcache_s3.kernels.paged import HostLayers, PlaneMap
 
 _DIGITS = 16
 """Numbers are written digit by digit as 1…16: integers that bf16, fp16, fp32 and fp8 e4m3 all keep apart."""
@@ -92,10 +94,23 @@ class _Writer:
         return digits
 
 
-def host_layer(view: torch.Tensor, plane: PlaneMap) -> HostLayer:
-    """One engine layer in host memory as NumPy sees it, without a copy."""
-    unsigned = view.view(_UNSIGNED[view.dtype.itemsize])
-    span = 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
-    flat = unsigned.as_strided((span,), (1,), unsigned.storage_offset()).numpy()
-    sb, sh, sn, sc = view.stride()
-    return HostLayer(flat, view.shape[0], view.shape[1], sb, sh, plane.offsets(sn, sc))
+def host_layers(views: Sequence[torch.Tensor], plane: PlaneMap) -> HostLayers:
+    """Engine layers in host memory as NumPy sees them, without a copy; they must be alike in shape, strides and dtype.
+
+    The result does not keep the views alive: their owner must. Raises `Invalid` (kind `engine`).
+    """
+    first = views[0]
+    item = first.dtype.itemsize
+    span = 1 + sum((size - 1) * stride for size, stride in zip(first.shape, first.stride(), strict=True))
+    starts = [view.data_ptr() for view in views]
+    if any(view.stride() != first.stride() or view.shape != first.shape for view in views):
+        raise Invalid("the engine's layers have different strides", kind="engine")
+    low = min(starts)
+    if any((start - low) % item for start in starts):
+        raise Invalid("the engine's layers are not aligned alike", kind="engine")
+    n_bytes = max(starts) - low + span * item
+    memory = (ctypes.c_uint8 * n_bytes).from_address(low)
+    flat = np.ctypeslib.as_array(memory).view(f"u{item}")
+    bases = np.array([(start - low) // item for start in starts], np.int64)
+    sb, sh, sn, sc = first.stride()
+    return HostLayers(flat, bases, first.shape[0], first.shape[1], sb, sh, plane.offsets(sn, sc))

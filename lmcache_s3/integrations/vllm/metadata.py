@@ -83,9 +83,10 @@ class FailedPart:
 
 
 @dataclass(frozen=True)
-class BadChunk:
-    """A load met bytes it could not use or get. kind: as in `LMCacheS3Error.kind`."""
+class BadExtent:
+    """A request's load met bytes of this extent that it could not use, or get. kind: as in `LMCacheS3Error.kind`."""
 
+    request_id: str
     extent: str
     unusable: bool
     kind: str
@@ -98,7 +99,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
 
     stored: list[StoredPart] = field(default_factory=list)
     failed: list[FailedPart] = field(default_factory=list)
-    bad: list[BadChunk] = field(default_factory=list)
+    bad: list[BadExtent] = field(default_factory=list)
     loads_done: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:

@@ -133,7 +133,7 @@ def describe(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, settings: 
         name=str(model.served_model_name or model.model),
         group=group,
         kv_dtype=_kv_dtype(spec, vllm_config),
-        rope=_rope(model.hf_text_config),
+        rope=_rope(model.hf_text_config, model.max_model_len),
         quantisation=quantisation,
         block_tokens=spec.block_size,
         tensor_parallel=parallel.tensor_parallel_size,
@@ -175,15 +175,28 @@ def _kv_dtype(spec: AttentionSpec, vllm_config: VllmConfig) -> KVDtype:
     raise Unsupported(f"KV cache dtype {name} ({spec.dtype}) is not stored or loaded yet")
 
 
-def _rope(config: Any) -> dict[str, Any]:
-    """Rope parameters under one spelling, whatever version of transformers wrote the configuration."""
+def _rope(config: Any, max_model_len: int) -> dict[str, Any]:
+    """Rope parameters under one spelling, whatever version of transformers wrote the configuration.
+
+    Two kinds depend on more than their parameters: LongRoPE takes its long factors for every position once the engine's
+    `max_model_len` passes the original length, and both it and dynamic NTK scale by the longest position.
+    """
     parameters = getattr(config, "rope_parameters", None)
     if not parameters:
         parameters = {
             "rope_theta": getattr(config, "rope_theta", None),
             **(getattr(config, "rope_scaling", None) or {}),
         }
-    return {str(k): _plain(v) for k, v in dict(parameters).items() if v is not None}
+    rope = {str(k): _plain(v) for k, v in dict(parameters).items() if v is not None}
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind in ("longrope", "dynamic"):
+        longest = getattr(config, "max_position_embeddings", None)
+        original = rope.get("original_max_position_embeddings")
+        original = getattr(config, "original_max_position_embeddings", longest) if original is None else original
+        rope["max_position_embeddings"] = longest
+        if kind == "longrope":
+            rope["long_factors"] = original is None or max_model_len > original
+    return rope
 
 
 def _plain(value: Any) -> Any:

@@ -145,9 +145,10 @@ class SchedulerRole:
         tracked = self._track(request, cache) if cache is not None else None
         if cache is None or tracked is None or not tracked.may_match or self._clock() < self._paused_until_s:
             return 0
+        before = cache.store.requests_by_this_thread()
         tracked.match = cache.index.match(self._hashes(tracked, request.num_tokens))
         tracked.local_tokens = computed_tokens
-        self.counters.add(lookups=1)
+        self.counters.add(lookups=1, lookup_requests=cache.store.requests_by_this_thread() - before)
         return max(0, len(tracked.match) * self._settings.chunk_tokens - computed_tokens)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
@@ -272,6 +273,8 @@ class SchedulerRole:
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 tracked.may_match = False
+                # What is computed instead is stored again, as far as the index does not (or no longer) name it.
+                tracked.next_chunk = min(tracked.next_chunk, -(-tracked.local_tokens // self._settings.chunk_tokens))
                 self._unpin(tracked)
             self.counters.add(failed_loads=1)
 
@@ -287,8 +290,11 @@ class SchedulerRole:
             self._give_up(lost.name, f"{lost.kind}: {lost.message}")
         if report.loads_done:
             self._pause_s = _PAUSE_FIRST_S
+        said: set[str] = set()
         for bad in report.bad:
-            logger.warning("load failed, the engine computes instead: %s", bad.message)
+            if bad.request_id not in said:  # one line a request, whatever else of it failed
+                said.add(bad.request_id)
+                logger.warning("load failed, the engine computes instead: %s", bad.message)
             if bad.unusable and cache is not None:
                 cache.damage.report(ExtentName.parse(bad.extent), bad.message)
             elif not bad.unusable:

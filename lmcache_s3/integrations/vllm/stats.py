@@ -19,7 +19,7 @@ STATS_FILE = "LMCACHE_S3_STATS_FILE"
 
 HELP = {
     "lookups": "prefix look-ups",
-    "lookup_requests": "store requests made by look-ups (always 0)",
+    "lookup_requests": "store requests that look-ups made and so waited for; anything but 0 is a defect",
     "matched_requests": "requests with a match in the index",
     "matched_tokens": "tokens found in the index beyond the engine's own cache",
     "loaded_requests": "requests whose load ended whole",

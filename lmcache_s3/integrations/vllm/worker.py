@@ -8,8 +8,10 @@ dropped and its extent given up; the engine is never held up.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,7 @@ from lmcache_s3.errors import Bug, LMCacheS3Error, Unusable
 from lmcache_s3.integrations.vllm.audit import Audit
 from lmcache_s3.integrations.vllm.blocks import EngineBlocks
 from lmcache_s3.integrations.vllm.metadata import (
-    BadChunk,
+    BadExtent,
     FailedPart,
     GatherOrder,
     LoadOrder,
@@ -55,6 +57,14 @@ class _Staged:
 
     chunks: dict[int, np.ndarray] = field(default_factory=dict)
     n_bytes: int = 0
+
+
+def _leave_compute_cores() -> None:
+    """vLLM's CPU backend binds a worker, and so every thread it starts, to the cores it computes on. Ours run wherever
+    the process that started the worker may."""
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
 
 
 class WorkerRole:
@@ -110,6 +120,7 @@ class WorkerRole:
                 self._codec,
                 self._settings.make_tiers(space_id, f"rank{self.rank}"),
                 settings=self._settings.transfer_settings(),
+                on_thread_start=_leave_compute_cores,
             )
         return self._transfer
 
@@ -118,6 +129,8 @@ class WorkerRole:
     def start_loads(self, orders: StepOrders) -> None:
         """Begin this step's loads; returns at once. A load that cannot begin is failed, never forgotten."""
         self._failed_at_once.update(orders.fail)
+        if orders.space_id is not None:
+            self._transfer_for(orders.space_id)  # made before the first load needs it
         for order in orders.loads:
             try:
                 self._start_load(order, orders.space_id)
@@ -176,10 +189,14 @@ class WorkerRole:
         return True
 
     def _note_failure(self, order: LoadOrder, failures: Sequence[tuple[int, Any, LMCacheS3Error]]) -> None:
-        bad = [BadChunk(str(name), isinstance(e, Unusable), e.kind, str(e)) for _, name, e in failures]
+        by_extent: dict[str, LMCacheS3Error] = {}
+        for _, name, error in failures:
+            by_extent.setdefault(str(name), error)
         with self._lock:
-            self._report.bad.extend(bad)
-        self.counters.add(bad_chunks=sum(b.unusable for b in bad))
+            for name, error in by_extent.items():
+                bad = BadExtent(order.request_id, name, isinstance(error, Unusable), error.kind, str(error))
+                self._report.bad.append(bad)
+        self.counters.add(bad_chunks=sum(isinstance(e, Unusable) for _, _, e in failures))
 
     # ---- stores ----------------------------------------------------------------------------------------------------
 

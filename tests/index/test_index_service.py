@@ -1,0 +1,416 @@
+"""`Index`: futures, group commits, what happens when the store fails, read-only, hidden and pinned extents; probe."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcache_s3.errors import Invalid, Unavailable, Unsafe, Unusable
+from lmcache_s3.identity import KVGroup, Space
+from lmcache_s3.index.manifest import Verdict, log_key
+from lmcache_s3.index.probe import probe
+from lmcache_s3.index.service import Index, IndexSettings
+from lmcache_s3.index.space_file import ensure_space, space_key
+from lmcache_s3.testing.faults import Fault, FaultyStore, Verb
+from lmcache_s3.tiers.stores.base import ObjectStore
+from lmcache_s3.tiers.stores.counting import CountingStore
+from lmcache_s3.tiers.stores.local import LocalStore
+from lmcache_s3.tiers.stores.open import open_store
+from lmcache_s3.types import Buffer, ExtentName, ExtentRecord, Grid, Outcome
+
+SPACE = Space(
+    weights="ab" * 32,
+    kv_dtype="bfloat16",
+    groups=(KVGroup("full", layers=2, kv=2, heads=2, head_dim=8),),
+    rope={},
+    chunk_tokens=16,
+)
+FAST = IndexSettings(poll_s=0.02)
+OFF: frozenset[Verb] = frozenset({"get", "put", "create", "delete", "list"})
+
+
+def make_record(born: int = 0, chunks: int = 2) -> ExtentRecord:
+    hashes = secrets.token_bytes(16 * chunks)
+    name = ExtentName.fresh(hashes[-16:], chunks, "fast", born)
+    return ExtentRecord(name, Grid(), b"\0" * 16, 0, hashes, b"\1\0\0\0" * chunks, b"\2" * 8 * chunks, 100)
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CountingStore:
+    return CountingStore(LocalStore(tmp_path))
+
+
+@pytest.fixture
+def opened(store: CountingStore) -> Iterator[Callable[..., Index]]:
+    indexes: list[Index] = []
+
+    def make(over: ObjectStore = store, settings: IndexSettings = FAST, **more: Any) -> Index:
+        indexes.append(Index.open(over, SPACE, settings=settings, **more))
+        return indexes[-1]
+
+    yield make
+    for index in indexes:
+        index.close(1.0)
+
+
+def test_what_one_commits_the_other_finds(opened: Callable[..., Index]) -> None:
+    a, b = opened(), opened()
+    record = make_record(a.version, chunks=5)
+    assert a.commit([record]).result(5) == [Verdict.LIVE]
+    hashes = list(record.chunk_hashes())
+    assert [(ref.extent, ref.position) for ref in a.match(hashes)] == [(record, i) for i in range(5)]
+    until(lambda: len(b.match(hashes)) == 5)
+    assert b.version == 1
+    assert [live.record for live in b.extents()] == [record]
+    assert b.find(hashes[3]) == b.match(hashes)[3]
+    assert b.find(b"?" * 16) is None
+    assert len(b.match([*hashes[:2], b"?" * 16, hashes[3]])) == 2, "a run ends at the first unknown chunk"
+    assert b.match([b"?" * 16, *hashes]) == []
+
+
+def test_look_ups_make_no_requests(store: CountingStore, opened: Callable[..., Index]) -> None:
+    index = opened(background=False)
+    record = make_record(chunks=64)
+    index.commit([record]).result(0)
+    hashes = list(record.chunk_hashes())
+    store.counts.clear()
+    for _ in range(100):
+        assert len(index.match(hashes)) == 64
+    assert not store.counts
+
+
+def test_what_is_queued_goes_into_one_version(store: CountingStore, opened: Callable[..., Index]) -> None:
+    gate = threading.Event()
+
+    class Slow:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(store, name)
+
+        def create(self, key: str, data: Buffer) -> Outcome:
+            if "/log/" in key:
+                gate.wait(5)
+            return store.create(key, data)
+
+    index = opened(Slow())
+    futures = [index.commit([make_record() for _ in range(3)]) for _ in range(50)]
+    futures.append(index.commit([]))
+    gate.set()
+    assert [len(f.result(5)) for f in futures] == [3] * 50 + [0]
+    stats = index.stats()
+    assert stats.extents == stats.live == 150
+    assert index.version <= 3
+    assert stats.commits == index.version
+
+
+def test_a_commit_does_not_wait_for_the_poll(opened: Callable[..., Index]) -> None:
+    index = opened(settings=IndexSettings(poll_s=3600))
+    assert index.commit([make_record()]).result(5) == [Verdict.LIVE]
+
+
+def test_a_record_out_of_bounds_fails_alone(opened: Callable[..., Index]) -> None:
+    index = opened()
+    good, bad = make_record(), make_record()
+    object.__setattr__(bad, "first_token", 2**63)
+    broken, fine = index.commit([bad]), index.commit([good])
+    with pytest.raises(Unusable):
+        broken.result(5)
+    assert fine.result(5) == [Verdict.LIVE]
+
+
+def test_nothing_is_lost_while_the_store_is_away(
+    store: CountingStore, opened: Callable[..., Index], caplog: pytest.LogCaptureFixture
+) -> None:
+    faulty = FaultyStore(store)
+    index = opened(faulty)
+    with caplog.at_level(logging.WARNING, "lmcache_s3.index"):
+        faulty.faults = [Fault(mode="error", verbs=OFF)]
+        futures = [index.commit([make_record()]) for _ in range(5)]
+        until(lambda: sum(index.stats().errors.values()) >= 3)
+        assert not any(f.done() for f in futures)
+        assert index.stats().pending == 5
+        assert index.stats().last_error
+        faulty.faults = []
+        assert [f.result(10) for f in futures] == [[Verdict.LIVE]] * 5
+    assert len([r for r in caplog.records if "will retry" in r.message]) == 1, "logged once per kind"
+    assert index.stats().pending == 0
+
+
+def test_an_unreadable_version_leaves_the_index_serving(store: CountingStore, opened: Callable[..., Index]) -> None:
+    index = opened()
+    record = make_record()
+    index.commit([record]).result(5)
+    store.put(log_key(SPACE.id, 2), b"junk")
+    until(lambda: index.stats().errors.get("format", 0) >= 2)
+    assert len(index.match(list(record.chunk_hashes()))) == 2
+    later = index.commit([make_record()])
+    store.delete(log_key(SPACE.id, 2))
+    assert later.result(10) == [Verdict.LIVE]
+
+
+def test_close_drains_and_then_refuses(opened: Callable[..., Index], store: CountingStore) -> None:
+    index = opened(settings=IndexSettings(poll_s=3600))
+    futures = [index.commit([make_record()]) for _ in range(20)]
+    index.close()
+    assert [f.result(0) for f in futures] == [[Verdict.LIVE]] * 20
+    with pytest.raises(Unavailable):
+        index.commit([make_record()]).result(0)
+    index.close()
+    assert opened().stats().extents == 20
+
+
+def test_close_gives_up_in_time(store: CountingStore, opened: Callable[..., Index]) -> None:
+    faulty = FaultyStore(store)
+    index = opened(faulty)
+    faulty.faults = [Fault(mode="error", verbs=OFF)]
+    future = index.commit([make_record()])
+    start = time.monotonic()
+    index.close(0.3)
+    assert time.monotonic() - start < 3
+    with pytest.raises(Unavailable, match="closed"):
+        future.result(0)
+
+
+def test_too_many_pending_are_refused(store: CountingStore, opened: Callable[..., Index]) -> None:
+    faulty = FaultyStore(store)
+    index = opened(faulty, settings=IndexSettings(poll_s=0.02, max_pending=3))
+    faulty.faults = [Fault(mode="error", verbs=OFF)]
+    futures = [index.commit([make_record()]) for _ in range(4)]
+    with pytest.raises(Unavailable) as e:
+        futures[3].result(5)
+    assert e.value.kind == "full"
+    faulty.faults = []
+    assert [f.result(10) for f in futures[:3]] == [[Verdict.LIVE]] * 3
+
+
+def test_open_fails_when_the_store_is_down(store: CountingStore) -> None:
+    with pytest.raises(Unavailable):
+        Index.open(FaultyStore(store, [Fault(mode="error", verbs=OFF)]), SPACE)
+
+
+def test_read_only_never_writes(store: CountingStore, opened: Callable[..., Index]) -> None:
+    reader = opened(settings=IndexSettings(poll_s=0.02, read_only=True))
+    assert reader.version == 0, "a space that is not there yet is empty"
+    writer = opened()
+    writer.commit([make_record()]).result(5)
+    until(lambda: reader.version == 1)
+    writer.close()
+    store.counts.clear()
+    with pytest.raises(Invalid):
+        reader.commit([make_record()]).result(0)
+    with pytest.raises(Invalid):
+        reader.remove([], why="test").result(0)
+    with pytest.raises(Invalid):
+        reader.checkpoint()
+    reader.sync()
+    assert set(store.counts) <= {"get", "list"}
+
+
+def test_hide_and_remove(opened: Callable[..., Index]) -> None:
+    a, b = opened(), opened()
+    first, second = make_record(chunks=3), make_record(chunks=3)
+    object.__setattr__(second, "hashes", first.hashes[:32] + second.hashes[32:])  # shares two chunks
+    a.commit([first]).result(5)
+    a.commit([second]).result(5)
+    b.sync()
+    hashes = list(first.chunk_hashes())
+    b.hide(first.name)
+    assert [ref.extent for ref in b.match(hashes)] == [second, second]
+    assert len(a.match(hashes)) == 3, "hidden in one process only"
+    b.remove([first.name], why="damaged").result(5)
+    a.sync()
+    assert [ref.extent for ref in a.match(hashes)] == [second, second]
+    assert b.stats().hidden == 0
+    assert b.stats().removed == 1
+    b.remove([first.name], why="again").result(5)
+    assert b.version == 3, "a removal that changes nothing creates no version"
+
+
+def test_pins_are_counted(opened: Callable[..., Index]) -> None:
+    index = opened(background=False)
+    name = make_record().name
+    with index.pin([name]), index.pin({name}):
+        assert index.stats().pinned == 1
+    assert index.stats().pinned == 0
+
+
+def test_look_ups_see_one_version_while_commits_go_on(opened: Callable[..., Index]) -> None:
+    """An extent appears whole or not at all, whatever the applier does meanwhile."""
+    index, stop = opened(), threading.Event()
+    seen: list[int] = []
+    records = [make_record(chunks=16) for _ in range(60)]
+
+    def look() -> None:
+        while not stop.is_set():
+            seen.extend({len(index.match(list(record.chunk_hashes()))) for record in records})
+
+    threads = [threading.Thread(target=look) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for record in records:
+        index.commit([record]).result(10)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert set(seen) <= {0, 16}
+    assert index.stats().extents == 60
+
+
+def test_checkpoints_serve_a_cold_start(store: CountingStore, opened: Callable[..., Index]) -> None:
+    index = opened(settings=IndexSettings(poll_s=0.02, checkpoint_every=8))
+    for _ in range(20):
+        index.commit([make_record()]).result(5)
+    index.close()
+    assert index.stats().checkpoints == 2
+    for version in range(1, 17):
+        store.delete(log_key(SPACE.id, version))
+    assert opened().stats().extents == 20
+
+
+def test_settings_are_checked() -> None:
+    for bad in ({"poll_s": 0}, {"checkpoint_every": 0}, {"max_pending": -1}):
+        with pytest.raises(Invalid):
+            IndexSettings(**bad)  # type: ignore[arg-type]
+
+
+# ---- the space's file ----
+
+
+def test_space_file(store: CountingStore) -> None:
+    ensure_space(store, SPACE, read_only=True)
+    assert list(store.list("")) == []
+    ensure_space(store, SPACE)
+    assert store.get(space_key(SPACE.id)) == SPACE.to_json()
+    store.counts.clear()
+    ensure_space(store, SPACE)
+    assert store.counts == {"get": 1}
+
+
+@pytest.mark.parametrize("mode", ["lost_answer", "error"])
+def test_space_file_whose_answer_is_lost(store: CountingStore, mode: Any) -> None:
+    faulty = FaultyStore(store, [Fault(mode=mode, verbs=frozenset({"create"}))])
+    if mode == "lost_answer":
+        ensure_space(faulty, SPACE)
+    else:
+        with pytest.raises(Unavailable):
+            ensure_space(faulty, SPACE)
+
+
+def test_a_foreign_space_file_is_refused(store: CountingStore) -> None:
+    other = Space(
+        **{f: getattr(SPACE, f) for f in SPACE.__dataclass_fields__} | {"weights": "cd" * 32, "model": "other"}
+    )
+    for content in (other.to_json(), b"junk", b"{}"):
+        store.put(space_key(SPACE.id), content)
+        for read_only in (False, True):
+            with pytest.raises(Unsafe) as e:
+                Index.open(store, SPACE, settings=IndexSettings(read_only=read_only))
+            assert e.value.kind == "foreign_space"
+            assert "\n" not in str(e.value)
+
+
+# ---- the probe ----
+
+
+class Racy(LocalStore):
+    """Looks, then writes: what many clients call put-if-absent."""
+
+    def create(self, key: str, data: Buffer) -> Outcome:
+        if any(info.key == key for info in self.list(key)):
+            return Outcome.LOST
+        time.sleep(0.01)
+        self.put(key, data)
+        return Outcome.WON
+
+
+class Ignoring(LocalStore):
+    """Ignores the condition, and is quick enough to be caught only by what it holds."""
+
+    def create(self, key: str, data: Buffer) -> Outcome:
+        self.put(key, data)
+        return Outcome.WON
+
+
+class Liar(LocalStore):
+    """Answers as it should, but writes anyway."""
+
+    def create(self, key: str, data: Buffer) -> Outcome:
+        outcome = super().create(key, data)
+        self.put(key, data)
+        return outcome
+
+
+@pytest.mark.parametrize("kind", [Racy, Ignoring, Liar])
+def test_probe_refuses(kind: type[LocalStore], tmp_path: Path) -> None:
+    store = kind(tmp_path)
+    with pytest.raises(Unsafe, match=r"single_writer=true") as e:
+        Index.open(store, SPACE)
+    assert e.value.kind == "no_put_if_absent"
+    assert store.url in str(e.value)
+    assert not list(store.list("probe/")), "cleans up"
+    index = Index.open(store, SPACE, settings=IndexSettings(single_writer=True))
+    assert index.probed is None
+    index.close()
+
+
+def test_probe_accepts(store: CountingStore, memory_url: str) -> None:
+    for good in (store, open_store(memory_url)):
+        report = probe(good, "spaces/")
+        assert (report.races, report.undecided) == (3, 0)
+        assert not list(good.list("spaces/probe/"))
+
+
+def test_probe_that_nobody_answers_is_no_proof(store: CountingStore) -> None:
+    with pytest.raises(Unavailable):
+        probe(FaultyStore(store, [Fault(mode="lost_answer", verbs=frozenset({"create"}))]), "")
+
+
+def test_probe_survives_some_lost_answers(store: CountingStore) -> None:
+    lossy = FaultyStore(store, [Fault(mode="lost_answer", verbs=frozenset({"create"}), times=1)])
+    report = probe(lossy, "")
+    assert report.undecided <= 1
+
+
+# ---- a real S3 server ----
+
+
+@pytest.mark.s3
+def test_four_writers_on_real_s3(bucket_url: str) -> None:
+    """All visible, none lost, however they collide."""
+    start = time.monotonic()
+    indexes = [Index.open(open_store(bucket_url), SPACE, settings=IndexSettings(poll_s=0.2)) for _ in range(4)]
+    print(f"opened four: {time.monotonic() - start:.1f} s")
+    names: list[ExtentName] = []
+    lock = threading.Lock()
+
+    def write(index: Index) -> None:
+        for _ in range(5):
+            record = make_record(index.version)
+            assert index.commit([record]).result(60) == [Verdict.LIVE]
+            with lock:
+                names.append(record.name)
+
+    threads = [threading.Thread(target=write, args=(index,)) for index in indexes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(names) == 20
+    for index in indexes:
+        index.sync()
+        assert {live.record.name for live in index.extents()} == set(names)
+        index.close()
+    print(f"all: {time.monotonic() - start:.1f} s", [index.stats().conflicts for index in indexes])
