@@ -28,8 +28,11 @@ from lmcache_s3.errors import LMCacheS3Error
 from lmcache_s3.testing.engine import Answer, EngineProcess
 from lmcache_s3.testing.models import smollm2_apart
 from lmcache_s3.testing.servers import SeaweedFS
+from lmcache_s3.types import ExtentName
 
 ANSWER_TOKENS = 32
+NEAR_TIE = 0.05
+"""Nats between the two likeliest tokens."""
 _BUCKET = "lmcache-demo"
 
 READ_PLAIN = """
@@ -54,8 +57,19 @@ class Row:
     requests: int
 
     @property
-    def same(self) -> bool:
-        return self.cold.tokens == self.shared.tokens
+    def verdict(self) -> str:
+        return compare(self.shared, self.cold)
+
+
+def compare(got: Answer, want: Answer) -> str:
+    """`yes`, `no`, or where the two part at a near-tie: bf16 and another batch shape round differently, and then the
+    engine's own prefix cache would part there too."""
+    for step, (a, b) in enumerate(zip(got.tokens, want.tokens, strict=False)):
+        if a != b:
+            (_, first), (_, second) = want.logprobs[step][:2]
+            near = first - second <= NEAR_TIE
+            return f"to a near-tie at word {step} ({first - second:.2f} nats)" if near else "no"
+    return "yes" if len(got.tokens) == len(want.tokens) else "no"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +77,7 @@ class Failure:
     """What B did when the store was gone."""
 
     failed_loads: int
-    same: bool
+    verdict: str
     warnings: tuple[str, ...]
     answer: Answer
 
@@ -108,7 +122,7 @@ class Demo:
         tokens = self.a.encode(asked.messages())
         with self.steps(f"A reads “{asked.title}” ({len(tokens):,} tokens), answers and stores") as tick:
             before = self.a.stat("scheduler", "committed_extents")
-            (answer,) = self.a.ask([tokens], ANSWER_TOKENS, tick=tick)
+            (answer,) = self.a.ask([tokens], ANSWER_TOKENS, logprobs=2, tick=tick)
             self.a.wait_stats(
                 lambda s: s["scheduler"].get("committed_extents", 0) > before, what="the commit", tick=tick
             )
@@ -120,7 +134,7 @@ class Demo:
         with self.steps(f"B answers about “{asked.title}” from the bucket") as tick:
             self._wait_for_version(version)
             before = self.b.stats()["worker"]
-            (answer,) = self.b.ask([tokens], ANSWER_TOKENS, tick=tick)
+            (answer,) = self.b.ask([tokens], ANSWER_TOKENS, logprobs=2, tick=tick)
             loads = before.get("loaded_requests", 0)
             # vLLM counts the hit; ours is in the file a moment later. No load at all is shown as what it is: zeros.
             if answer.cached_tokens:
@@ -140,13 +154,13 @@ class Demo:
         said = len(self.b.log())
         with self.steps("killing the S3 server, then asking B") as tick:
             self.server.kill()
-            (answer,) = self.b.ask([tokens], ANSWER_TOKENS, tick=tick)
+            (answer,) = self.b.ask([tokens], ANSWER_TOKENS, logprobs=2, tick=tick)
             stats = self.b.wait_stats(
                 lambda s: s["scheduler"].get("failed_loads", 0) >= 1, 10.0, what="a failed load", tick=tick
             )
         lines = self.b.log()[said:].splitlines()
         warnings = tuple(line for line in lines if "WARNING" in line and "load failed" in line)
-        return Failure(int(stats["scheduler"]["failed_loads"]), answer.tokens == cold.tokens, warnings, answer)
+        return Failure(int(stats["scheduler"]["failed_loads"]), compare(answer, cold), warnings, answer)
 
     def look_inside(self) -> None:
         env = {**os.environ, **self.server.env()}
@@ -155,8 +169,9 @@ class Demo:
         self.console.print(listing, markup=False, soft_wrap=True)
         with self.server.client() as client:
             keys = client.list_objects_v2(Bucket=_BUCKET, Prefix="kv/spaces/").get("Contents", [])
-        first = next(k["Key"] for k in keys if k["Key"].endswith("/zarr.json"))
-        array = f"s3://{_BUCKET}/{first.removesuffix('/zarr.json')}"
+        arrays = [k["Key"].removesuffix("/zarr.json") for k in keys if k["Key"].endswith("/zarr.json")]
+        longest = max(arrays, key=lambda path: ExtentName.parse(path.rpartition("/")[2]).n_chunks)
+        array = f"s3://{_BUCKET}/{longest}"
         self.console.print("[bold]One of them, in a fresh process, by plain zarr (without our package):[/bold]")
         self.console.print(textwrap.indent(READ_PLAIN.strip(), "    "), style="dim", markup=False, soft_wrap=True)
         read = _run([sys.executable, "-c", READ_PLAIN, array, self.server.endpoint_url], env)
@@ -185,7 +200,7 @@ def _table(rows: list[Row]) -> Table:
             f"{r.shared.cached_tokens:,}",
             f"{r.read_bytes / 2**20:.1f} MiB",
             str(r.requests),
-            "yes" if r.same else "no",
+            r.verdict,
         )
     return table
 
@@ -208,15 +223,17 @@ def run(console: Console) -> bool:
         console.print(
             f"S3 gone: failed loads {failure.failed_loads}, hit tokens {failure.answer.cached_tokens}, "
             f"computed in {failure.answer.ttft_s:.2f} s, "
-            f"same answer as A's: {'yes' if failure.same else 'no'}, "
+            f"same answer as A's: {failure.verdict}, "
             f"warnings {len(failure.warnings)}, engine alive: {'yes' if demo.b.is_alive else 'no'}"
         )
         for line in failure.warnings:
             console.print(f"  {line}", style="yellow", markup=False, soft_wrap=True)
         met = (
-            all(r.same and r.shared.cached_tokens and r.read_bytes and not r.cold.cached_tokens for r in rows)
+            all(
+                r.verdict != "no" and r.shared.cached_tokens and r.read_bytes and not r.cold.cached_tokens for r in rows
+            )
             and failure.failed_loads >= 1
-            and failure.same
+            and failure.verdict != "no"
             and len(failure.warnings) == 1
             and demo.b.is_alive
         )

@@ -135,7 +135,7 @@ class Run:
                 e.ready(tick=tick)
             for e in engines:
                 if e.name == "N":
-                    e.ask(WARM_UP, 1, tick=tick)
+                    e.ask(WARM_UP, 1, logprobs=2, tick=tick)
                 else:
                     e.warm_up(WARM_UP, tick=tick)
 

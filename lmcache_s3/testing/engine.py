@@ -247,11 +247,12 @@ class EngineProcess:
     ) -> None:
         """Ask a short prompt, once and then until the connector's counters say so (default: its index is open).
 
-        An idle engine takes no steps, and counters are written with steps: waiting alone would not show them.
+        An idle engine takes no steps, and counters are written with steps: waiting alone would not show them. The
+        question is for log-probabilities, too: vLLM compiles that the first time, which takes seconds.
         """
         start_s = time.monotonic()
         while True:
-            self.ask(prompt, 1, tick=tick)
+            self.ask(prompt, 1, logprobs=2, tick=tick)
             if until(now := self.stats()):
                 return
             if time.monotonic() - start_s > timeout_s:
