@@ -123,9 +123,7 @@ class Demo:
         with self.steps(f"A reads “{asked.title}” ({len(tokens):,} tokens), answers and stores") as tick:
             before = self.a.stat("scheduler", "committed_extents")
             (answer,) = self.a.ask([tokens], ANSWER_TOKENS, logprobs=2, tick=tick)
-            self.a.wait_stats(
-                lambda s: s["scheduler"].get("committed_extents", 0) > before, what="the commit", tick=tick
-            )
+            self.a.wait_stats(lambda s: _stored(s["scheduler"], before), what="the commit", tick=tick)
         return tokens, answer
 
     def shared(self, asked: Asked, tokens: list[int]) -> tuple[Answer, int, int]:
@@ -176,6 +174,12 @@ class Demo:
         self.console.print(textwrap.indent(READ_PLAIN.strip(), "    "), style="dim", markup=False, soft_wrap=True)
         read = _run([sys.executable, "-c", READ_PLAIN, array, self.server.endpoint_url], env)
         self.console.print(textwrap.indent(read, "    "), markup=False, soft_wrap=True)
+
+
+def _stored(scheduler: Mapping[str, float], before: float) -> bool:
+    """Was something committed, and is nothing on its way? (The end of an answer may make an extent of its own.)"""
+    under_way = scheduler.get("uploading", 1) + scheduler.get("publishing", 1)
+    return scheduler.get("committed_extents", 0) > before and not under_way
 
 
 def _run(command: list[str], env: Mapping[str, str]) -> str:

@@ -317,7 +317,6 @@ class SchedulerRole:
 
     def _published(self, name: str, hashes: bytes, future: Future[Verdict]) -> None:
         """On a background thread: the commit was acknowledged, judged void, or failed."""
-        self._publishing.pop(name, None)
         self._forget_pending(hashes)
         error = future.exception() if not future.cancelled() else None
         if future.cancelled() or error is not None:
@@ -327,6 +326,7 @@ class SchedulerRole:
             self.counters.add(void_extents=1)
         else:
             self.counters.add(stored_extents=1)
+        self._publishing.pop(name, None)  # counted first: whoever watches sees it in one place at least
         self.write_stats()
 
     def _give_up(self, name: str, why: str) -> None:
