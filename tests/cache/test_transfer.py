@@ -548,3 +548,44 @@ def test_no_thread_stays_behind(store: CountingStore) -> None:
     while ours() != before and time.monotonic() < end_s:
         time.sleep(0.01)
     assert ours() == before
+
+
+def test_an_upload_whose_first_cells_fail_gives_all_memory_back(make: MakeTransfer) -> None:
+    """However early it fails: later cells may not have been handed to a thread yet."""
+    kv = random_kv(SPACE, 16 * N)
+    transfer = make(staging_bytes=40 * kv.nbytes // 16, io_threads=1)  # 5 % of it: room for two cells
+    room = transfer.budget.total_bytes
+    for taken in (room, int(room * 0.7)):
+        assert transfer.budget.try_take(taken)
+        with pytest.raises(Unavailable):
+            upload(transfer, kv)
+        assert transfer.drain(5)
+        transfer.budget.give_back(taken)
+        assert transfer.budget.held_bytes == 0
+
+
+def test_promotions_of_a_load_wait_for_its_end(make: MakeTransfer) -> None:
+    chunks = upload(make(), random_kv(SPACE, 8 * N))
+    transfer = make(HostTier(1 << 20), io_threads=1, piece_bytes=1)
+    kept: list[int] = []
+
+    def sink(chunk: int, layers: range, heads: range, cell: np.ndarray) -> None:
+        kept.append(transfer.stats()["host"].cells)
+
+    assert transfer.load(chunks, sink).result(10).loaded_chunks == 8
+    assert set(kept) == {0}
+    assert transfer.drain(5)
+    assert transfer.stats()["host"].cells == len(kept)
+
+
+def test_a_load_does_not_starve_on_its_own_promotions(make: MakeTransfer) -> None:
+    """A budget of a few cells: what waits for the end of the load must not hold what the load needs."""
+    kv = random_kv(SPACE, 32 * N)
+    chunks = upload(make(), kv)
+    cell_bytes = chunks[0].cell(0).length
+    transfer = make(HostTier(1 << 22), io_threads=4, staging_bytes=4 * cell_bytes, piece_bytes=1)
+    out, report, _ = load(transfer, chunks, deadline_s=20)
+    assert not report.failed
+    assert same_bits(out, kv)
+    assert transfer.drain(5)
+    assert transfer.budget.held_bytes == 0
