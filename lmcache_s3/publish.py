@@ -1,7 +1,7 @@
 """Finishing an extent: all shards are stored, so put its `zarr.json`, then commit it to the index.
 
-The order is PROTOCOL.md's: an extent's objects are all durable before its commit begins. One background thread, so the
-caller (an engine's scheduler) never waits for the store.
+The order is that of FORMAT.md §4.4: an extent's objects are all durable before its commit begins. One background
+thread, so the caller (an engine's scheduler) never waits for the store.
 Raises nothing; what goes wrong is in the future: `Unavailable`, `Invalid`, `Unusable` (shards that do not add up).
 """
 

@@ -58,6 +58,18 @@ class TransferSettings:
     store_deadline_s: float = 60.0
 
 
+def check_staging(staging_bytes: int, geometry: Geometry, codec: KVCodec) -> None:
+    """Raises `Invalid` if the budget does not hold one chunk on its way."""
+    least = codec.max_encoded_bytes(CellSpec.of(geometry, Grid())) + geometry.chunk_bytes
+    if staging_bytes * STORE_SHARE < least:
+        raise Invalid(
+            f"staging_bytes={staging_bytes} does not hold a chunk of this model: give at least "
+            f"{int(least / STORE_SHARE) + 1}",
+            kind="setting",
+            key="staging_bytes",
+        )
+
+
 class _Promotions:
     """The promotions of one load: held back until it has ended, so that they do not compete with it. Thread-safe.
 
@@ -114,14 +126,7 @@ class Transfer:
         keep_bytes = int(settings.staging_bytes * KEEP_SHARE)
         self.stack = TierStack(tiers, ObjectTier(store, space_id, shard_index, keep_buffers_bytes=keep_bytes))
         self._codecs = Codecs(codec)
-        least = codec.max_encoded_bytes(CellSpec.of(geometry, Grid())) + geometry.chunk_bytes
-        if settings.staging_bytes * STORE_SHARE < least:
-            raise Invalid(
-                f"staging_bytes={settings.staging_bytes} does not hold a chunk of this model: give at least "
-                f"{int(least / STORE_SHARE) + 1}",
-                kind="setting",
-                key="staging_bytes",
-            )
+        check_staging(settings.staging_bytes, geometry, codec)
         # Several pieces must fit at once, or nothing overlaps.
         self._piece_bytes = min(settings.piece_bytes, settings.staging_bytes // 4)
         self._deadlines = Deadlines()

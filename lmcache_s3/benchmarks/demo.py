@@ -67,7 +67,7 @@ def compare(got: Answer, want: Answer) -> str:
     for step, (a, b) in enumerate(zip(got.tokens, want.tokens, strict=False)):
         if a != b:
             (_, first), (_, second) = want.logprobs[step][:2]
-            near = first - second <= NEAR_TIE
+            near = first - second <= NEAR_TIE and {a, b} <= {token for token, _ in want.logprobs[step][:2]}
             return f"to a near-tie at word {step} ({first - second:.2f} nats)" if near else "no"
     return "yes" if len(got.tokens) == len(want.tokens) else "no"
 

@@ -359,7 +359,8 @@ class Log:
     def _unjudged(self, add: Sequence[ExtentRecord], remove: Sequence[ExtentName], floor: int) -> Delta | None:
         """What of it the state does not say yet; of records that cover each other only the first."""
         state, fresh = self.state, []
-        expected = state
+        # What is removed covers nothing: an extent that replaces a damaged one may come in the same version.
+        expected = apply(state, Delta(self.writer, remove=tuple(remove)))
         for record in add:
             if judged(expected, record) is None:
                 fresh.append(record)

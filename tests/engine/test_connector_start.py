@@ -150,18 +150,44 @@ def test_a_store_that_is_away_does_not_stop_the_engine(model: Path, monkeypatch:
 
 def test_hybrid_models_are_off_and_say_so(model: Path, local_url: str) -> None:
     sliding = SlidingWindowSpec(block_size=128, num_kv_heads=4, head_size=64, dtype=torch.bfloat16, sliding_window=512)
+    made: list[LMCacheS3Connector] = []
+    groups = [full(), KVCacheGroupSpec(LAYERS, sliding)]
+    lines = said_while(lambda: made.append(start(model, local_url, groups)))
+    (connector,) = made
+    assert isinstance(connector, SupportsHMA)
+    assert any("hybrid" in line for line in lines)
+    connector.build_connector_meta(SchedulerOutput.make_empty())
+    connector.shutdown()
+
+
+def said_while(start_it: Any) -> list[str]:
+    """What our loggers say meanwhile."""
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("lmcache_s3").addHandler(handler)
     try:
-        connector = start(model, local_url, [full(), KVCacheGroupSpec(LAYERS, sliding)])
+        start_it()
     finally:
         logging.getLogger("lmcache_s3").removeHandler(handler)
-    assert isinstance(connector, SupportsHMA)
-    assert any("hybrid" in line for line in records)
-    connector.build_connector_meta(SchedulerOutput.make_empty())
-    connector.shutdown()
+    return records
+
+
+def test_sliding_windows_and_overrides_are_off_and_say_so(
+    model: Path, local_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sliding = SlidingWindowSpec(block_size=128, num_kv_heads=4, head_size=64, dtype=torch.bfloat16, sliding_window=512)
+    lines = said_while(lambda: start(model, local_url, [KVCacheGroupSpec(LAYERS, sliding)]))
+    assert any("sliding window" in line for line in lines)
+    original = EngineArgs.create_engine_config
+
+    def with_overrides(self: EngineArgs) -> VllmConfig:
+        config = original(self)
+        config.model_config.hf_overrides = {"rms_norm_eps": 0.1}
+        return config
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", with_overrides)
+    assert any("hf-overrides" in line for line in said_while(lambda: start(model, local_url)))
 
 
 def test_the_same_weights_share_and_changed_weights_do_not(model: Path, local_url: str, tmp_path: Path) -> None:

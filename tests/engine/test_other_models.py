@@ -39,8 +39,10 @@ def test_a_hybrid_model_is_served_without_the_cache_and_the_log_says_so(
 def test_two_tensor_parallel_ranks_write_what_one_process_reads(s3: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     url, env = s3
     model = random_llama(tmp_path / "llama")
+    # vLLM gives each rank of a CPU engine a NUMA node, here a made-up one, with no core left out on a small machine.
+    ranks = {"VLLM_CPU_SIM_MULTI_NUMA": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "2"}
     with EngineProcess(
-        model, url=url, env=env, directory=tmp_path, name="tp2", engine_args={"tensor_parallel_size": 2}
+        model, url=url, env=env | ranks, directory=tmp_path, name="tp2", engine_args={"tensor_parallel_size": 2}
     ) as writer:
         writer.ask([PROMPT], 4)
         writer.wait_stats(lambda s: s["scheduler"]["stored_extents"] >= 1, what="the store")

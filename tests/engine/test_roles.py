@@ -25,7 +25,8 @@ from vllm.v1.request import Request  # noqa: E402
 
 from lmcache_s3.config import load_settings  # noqa: E402
 from lmcache_s3.identity import KVGroup  # noqa: E402
-from lmcache_s3.integrations.vllm.metadata import WorkerReport  # noqa: E402
+from lmcache_s3.integrations.vllm import scheduler as scheduler_module  # noqa: E402
+from lmcache_s3.integrations.vllm.metadata import StepOrders, WorkerReport  # noqa: E402
 from lmcache_s3.integrations.vllm.model import ModelFacts  # noqa: E402
 from lmcache_s3.integrations.vllm.opening import Opening  # noqa: E402
 from lmcache_s3.integrations.vllm.scheduler import SchedulerRole  # noqa: E402
@@ -327,4 +328,129 @@ def test_salted_requests_share_only_with_their_salt(url: str) -> None:
     salted = Request("salted", tokens, SamplingParams(max_tokens=1), None, cache_salt="tenant")
     assert a.scheduler.match(salted, 0) == 0
     assert a.scheduler.match(Request("again", tokens, SamplingParams(max_tokens=1), None), 0) == 2 * CHUNK
+    a.close()
+
+
+def test_an_error_while_ordering_fails_the_loads_it_held(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was ordered and is not sent must be reported failed, or its request waits for ever."""
+    tokens = prompt(3 * CHUNK)
+    a = Engine(url)
+    a.ask(tokens, "a")
+    a.settle()
+    request = Request("b", tokens, SamplingParams(max_tokens=1), None)
+    external = a.scheduler.match(request, 0)
+    a.scheduler.allocated(request, Blocks(list(range(3 * CHUNK // BLOCK))), external)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(a.scheduler, "_expire", broken)
+    with pytest.raises(RuntimeError):
+        a.scheduler.orders(SchedulerOutput.make_empty())
+    assert a.scheduler.failed_orders().fail == ["b"]
+    a.close()
+
+
+def test_a_load_that_cannot_be_taken_over_has_failed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = prompt(2 * CHUNK)
+    a = Engine(url)
+    a.ask(tokens, "a")
+    a.settle()
+
+    def broken(*_: object) -> bool:
+        raise OSError("no space left for the audit")
+
+    monkeypatch.setattr(a.workers[0], "_finish_load", broken)
+    assert a.ask(tokens, "b") == 0
+    assert a.failed == ["b"]
+    a.close()
+
+
+def test_after_a_reset_nothing_is_matched_or_stored(url: str) -> None:
+    """The weights may have changed in the engine's memory: the files no longer say whose KV it is."""
+    a = Engine(url)
+    a.ask(prompt(2 * CHUNK), "a")
+    a.settle()
+    a.scheduler.reset()
+    assert a.ask(prompt(2 * CHUNK), "again") == 0
+    a.ask(prompt(4 * CHUNK, 5), "other")
+    a.settle()
+    assert a.scheduler.counters.total("stored_extents") == 1
+    a.close()
+
+
+def test_a_rank_that_cannot_work_turns_the_cache_off(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = Engine(url, tp=2)
+    a.ask(prompt(2 * CHUNK), "a")
+    a.settle()
+    lame = a.workers[1]
+    gather = lame.gather
+
+    def gather_without_blocks(orders: StepOrders) -> None:
+        blocks, lame._blocks = lame._blocks, None
+        gather(orders)
+        lame._blocks = blocks
+
+    monkeypatch.setattr(lame, "gather", gather_without_blocks)
+    lame.turn_off("its layout could not be learnt")
+    a.ask(prompt(3 * CHUNK, 4), "ordered before it was known")
+    a.settle()
+    assert a.scheduler.counters.total("failed_extents") == 1, "answered, not waited for"
+    assert a.ask(prompt(2 * CHUNK), "again") == 0
+    assert not a.failed
+    a.close()
+
+
+def test_an_upload_that_raises_is_answered_and_its_staging_given_back(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = Engine(url)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no transfer")
+
+    monkeypatch.setattr(a.workers[0], "_start_upload", broken)
+    a.ask(prompt(2 * CHUNK, 3), "b")
+    a.settle()
+    assert a.workers[0]._staged_bytes == 0
+    assert a.scheduler.counters.total("failed_extents") == 1
+    a.close()
+
+
+def test_two_engines_on_one_host_have_their_own_part_of_the_disk(url: str, tmp_path: Any) -> None:
+    disk: dict[str, Any] = {"disk_path": str(tmp_path / "disk"), "disk_bytes": "16MiB"}
+    a, b = Engine(url, **disk), Engine(url, **disk)
+    tokens = prompt(2 * CHUNK)
+    a.ask(tokens, "a")
+    a.settle()
+    b.ask(prompt(CHUNK, 8), "b")
+    b.settle()
+    places = {path.parent.name for path in (tmp_path / "disk").rglob("lock")}
+    assert places == {"rank0", "rank0.1"}
+    a.close()
+    b.close()
+
+
+def test_an_extents_chunks_follow_one_another_after_a_preemption(url: str) -> None:
+    """What grew before a load ends there: chunks behind the load are an extent of their own."""
+    tokens = prompt(6 * CHUNK)
+    other = Engine(url)
+    other.ask(tokens[: 5 * CHUNK], "other")
+    other.settle()
+    other.close()
+    a = Engine(url)
+    request = Request("a", tokens, SamplingParams(max_tokens=1), None)
+    cache = a.scheduler._ready()
+    assert cache is not None
+    tracked = a.scheduler._track(request, cache)
+    assert tracked is not None
+    hashes = a.scheduler._hashes(tracked, len(tokens))
+    tracked.next_chunk = 2
+    tracked.growing = scheduler_module._Growing("1", 1, [hashes[1]])  # chunk 1 was gathered, then it was preempted
+    assert a.scheduler.match(request, 0) == 5 * CHUNK
+    a.scheduler.allocated(request, Blocks(list(range(5 * CHUNK // BLOCK))), 5 * CHUNK)
+    assert not tracked.growing
+    (upload,) = a.scheduler._orders.uploads
+    assert (upload.first_token, upload.hashes) == (CHUNK, hashes[1])
+    assert tracked.next_chunk == 5
     a.close()

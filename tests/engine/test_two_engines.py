@@ -49,6 +49,7 @@ class Tally:
             if a != b:
                 (_, first), (_, second) = want.logprobs[step][:2]
                 assert first - second <= NEAR_TIE, f"{what}: token {step} is {a}, not {b}; gap {first - second:.3f}"
+                assert {a, b} <= {token for token, _ in want.logprobs[step][:2]}, f"{what}: token {step} is {a}"
                 self.near_ties.append(f"{what}@{step} (gap {first - second:.3f})")
                 return
         assert len(got.tokens) == len(want.tokens), what

@@ -342,3 +342,17 @@ def test_checkpoint_keys_name_the_state(store: CountingStore, make_log: Callable
     log.checkpoint()
     (key,) = [info.key for info in store.list(checkpoints_prefix(SPACE_ID))]
     assert key == checkpoint_key(SPACE_ID, 1, key.split(".")[-2])
+
+
+def test_what_replaces_a_removed_extent_may_come_in_the_same_version(
+    store: CountingStore, make_log: Callable[..., Log]
+) -> None:
+    log = make_log(store)
+    damaged = make_record(chunks=2)
+    assert log.commit([damaged]) == [Verdict.LIVE]
+    anew = make_record(chunks=2)
+    object.__setattr__(anew, "hashes", damaged.hashes)
+    object.__setattr__(anew, "name", ExtentName.fresh(damaged.hashes[-16:], 2, "fast", 1))
+    assert log.commit([anew], remove=[damaged.name]) == [Verdict.LIVE]
+    assert log.state.version == 2
+    assert [ref.extent.name for ref in log.replica.match(list(damaged.chunk_hashes()))] == [anew.name] * 2

@@ -117,8 +117,21 @@ class EngineBlocks:
         whole = torch.stack([paged.gather_torch(view, block_ids, index) for view in self.views], dim=1)
         return _bits(whole.cpu()).view(self.storage)
 
-    def scatter(self, ids: np.ndarray, layers: range, heads: range, cell: np.ndarray) -> None:
-        """`cell` [kv, layer, token, head, channel] → these blocks, at these layers and heads of the model."""
+    def mark(self) -> torch.cuda.Event | None:
+        """The engine's work queued so far, on the thread that queues it; None on a CPU, where it is done already."""
+        if self.views[0].device.type != "cuda":
+            return None
+        event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.views[0].device))
+        return event
+
+    def scatter(
+        self, ids: np.ndarray, layers: range, heads: range, cell: np.ndarray, *, after: torch.cuda.Event | None = None
+    ) -> None:
+        """`cell` [kv, layer, token, head, channel] → these blocks, at these layers and heads of the model.
+
+        after: a `mark`. The engine queues work ahead, and what was queued before may still write to these blocks.
+        """
         bits = cell.view(_BITS[cell.dtype.itemsize])
         first_head = heads.start - self.heads.start
         if self.host is not None:
@@ -126,6 +139,8 @@ class EngineBlocks:
             paged.scatter(self.host, mine, ids, first_head, bits)
             return
         view = self.views[0]
+        if after is not None:
+            torch.cuda.current_stream(view.device).wait_event(after)
         block_ids, index = torch.from_numpy(ids).to(view.device), torch.from_numpy(self.plane.index).to(view.device)
         whole = torch.from_numpy(np.ascontiguousarray(bits)).to(view.device).view(view.dtype)
         for i, place in enumerate(layers):

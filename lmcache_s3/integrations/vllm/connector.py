@@ -27,7 +27,7 @@ from lmcache_s3.config import load_settings
 from lmcache_s3.errors import Invalid, LMCacheS3Error
 from lmcache_s3.integrations.vllm.metadata import StepOrders, WorkerReport
 from lmcache_s3.integrations.vllm.model import Unsupported, describe
-from lmcache_s3.integrations.vllm.opening import Opening, check_store
+from lmcache_s3.integrations.vllm.opening import Opening, check_start
 from lmcache_s3.integrations.vllm.scheduler import SchedulerRole
 from lmcache_s3.integrations.vllm.stats import ConnectorPromMetrics, ConnectorStats
 from lmcache_s3.integrations.vllm.worker import WorkerRole
@@ -118,7 +118,7 @@ class LMCacheS3Connector(KVConnectorBase_V1, SupportsHMA):
             opening.start()
             self._scheduler = SchedulerRole(facts, settings, codec, opening)
         else:
-            check_store(settings)
+            check_start(settings)
             self._worker = WorkerRole(
                 facts,
                 settings,
@@ -126,6 +126,7 @@ class LMCacheS3Connector(KVConnectorBase_V1, SupportsHMA):
                 attention_layers=vllm_config.compilation_config.static_forward_context,
                 tensor_rank=get_tp_group().rank_in_group,
                 stage=get_pp_group().rank_in_group,
+                replica=vllm_config.parallel_config.data_parallel_rank,
             )
 
     def _count_error(self, hook: str, error: Exception) -> None:
@@ -149,7 +150,7 @@ class LMCacheS3Connector(KVConnectorBase_V1, SupportsHMA):
         try:
             self._worker.register(kv_caches)
         except (Unsupported, LMCacheS3Error) as reason:
-            logger.warning("LMCache-S3 loads and stores nothing on this rank: %s", reason)
+            self._worker.turn_off(str(reason))
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         orders = self._connector_metadata

@@ -101,6 +101,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
     failed: list[FailedPart] = field(default_factory=list)
     bad: list[BadExtent] = field(default_factory=list)
     loads_done: int = 0
+    off: str | None = None
+    """Why a rank can neither load nor store; then nobody does."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerReport:
         assert isinstance(other, WorkerReport)
@@ -109,7 +111,8 @@ class WorkerReport(KVConnectorWorkerMetadata):
             self.failed + other.failed,
             self.bad + other.bad,
             self.loads_done + other.loads_done,
+            self.off or other.off,
         )
 
     def __bool__(self) -> bool:
-        return bool(self.stored or self.failed or self.bad or self.loads_done)
+        return bool(self.stored or self.failed or self.bad or self.loads_done or self.off)

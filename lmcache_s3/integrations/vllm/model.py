@@ -150,12 +150,20 @@ def _only_spec(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Atten
             "hybrid models yet"
         )
     spec = groups[0].kv_cache_spec
-    if not isinstance(spec, FullAttentionSpec | SlidingWindowSpec):
+    if isinstance(spec, SlidingWindowSpec):
+        # vLLM frees blocks behind the window while a request runs, and stands a null block in for them at a prefix hit.
+        raise Unsupported("this model's attention has a sliding window everywhere: nothing is stored or loaded yet")
+    if not isinstance(spec, FullAttentionSpec):
         raise Unsupported(f"KV of kind {type(spec).__name__} is not stored or loaded yet")
     if getattr(spec, "head_size_v", spec.head_size) != spec.head_size and not isinstance(spec, MLAAttentionSpec):
         raise Unsupported("K and V of different widths are not stored or loaded yet")
     if str(vllm_config.load_config.load_format) == "dummy":
         raise Unsupported("with --load-format dummy the weights have no files to know them by: nothing is cached")
+    if vllm_config.model_config.hf_overrides:
+        raise Unsupported(
+            "with --hf-overrides the KV depends on more than the model's files: nothing is cached (write the changes "
+            "into the model's config.json instead)"
+        )
     if vllm_config.speculative_config is not None:
         raise Unsupported("with speculative decoding nothing is stored or loaded yet")
     parallel = vllm_config.parallel_config

@@ -8,6 +8,7 @@ try again. In the background: the digest of the weights, then the index. Adapter
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import Counter
@@ -77,7 +78,7 @@ class Opening:
         self._lock = threading.Lock()
         self._opened: OpenCache | None = None
         self._stopped = threading.Event()
-        self._adapters: dict[str, str | None] = {}
+        self._adapters: dict[tuple[int, str], str | None] = {}
         self._fatal: LMCacheS3Error | None = None
         self._known = threading.Event()
 
@@ -95,23 +96,27 @@ class Opening:
         with self._lock:
             return self._opened
 
-    def adapter_digest(self, path: str) -> str | None:
-        """Digest of a LoRA adapter's files; None until a background thread has read them."""
+    def adapter_digest(self, number: int, path: str) -> str | None:
+        """Digest of a LoRA adapter's files; None until a background thread has read them.
+
+        number: the engine's, new each time it loads an adapter, so that files changed and loaded again are read again.
+        """
+        key = (number, path)
         with self._lock:
-            if path in self._adapters:
-                return self._adapters[path]
-            self._adapters[path] = None
-        threading.Thread(target=self._read_adapter, args=(path,), name="lmcache-s3-adapter", daemon=True).start()
+            if key in self._adapters:
+                return self._adapters[key]
+            self._adapters[key] = None
+        threading.Thread(target=self._read_adapter, args=key, name="lmcache-s3-adapter", daemon=True).start()
         return None
 
-    def _read_adapter(self, path: str) -> None:
+    def _read_adapter(self, number: int, path: str) -> None:
         try:
             digest = adapter_digest(path)
         except LMCacheS3Error as error:
             logger.warning("adapter %s is not cached: %s", path, error)
             return
         with self._lock:
-            self._adapters[path] = digest
+            self._adapters[number, path] = digest
 
     def _run(self) -> None:
         warned = False
@@ -165,14 +170,6 @@ class Opening:
             before=dict(store.counts),
         )
 
-    def restart(self) -> None:
-        """Weights may have changed: forget everything and open again."""
-        with self._lock:
-            self._opened = None
-            self._adapters.clear()
-        self._fatal = None
-        threading.Thread(target=self._run, name="lmcache-s3-open", daemon=True).start()
-
     def wait(self, timeout_s: float) -> bool:
         """For tests and benchmarks: is the cache open within this time?"""
         end = time.monotonic() + timeout_s
@@ -188,9 +185,21 @@ def _digest_of(facts: ModelFacts) -> str:
     return weights_digest(facts.path, revision=facts.revision, every_format=facts.every_format)
 
 
-def check_store(settings: Settings) -> None:
-    """For a worker's start: a wrong URL, bucket or credential is said before the engine serves. An unreachable store
-    is not an error here."""
+def check_start(settings: Settings) -> None:
+    """For a worker's start: a wrong URL, bucket, credential or directory is said before the engine serves. An
+    unreachable store is not an error here."""
+    if settings.disk_path is not None:
+        try:
+            settings.disk_path.mkdir(parents=True, exist_ok=True)
+            writable = os.access(settings.disk_path, os.W_OK | os.X_OK)
+        except OSError:
+            writable = False
+        if not writable:
+            raise Invalid(
+                f"disk_path: {settings.disk_path} is no directory that can be written; give another",
+                kind="setting",
+                key="disk_path",
+            )
     store = open_store(settings.url, options=settings.store_options())
     try:
         store.check()

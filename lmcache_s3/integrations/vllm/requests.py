@@ -20,10 +20,12 @@ def uncacheable(request: Request) -> str | None:
         return "prompt embeddings"
     if request.pooling_params is not None:
         return "pooling"
+    if request.resumable:
+        return "streaming session"  # media may be added while it runs: its hashes would not cover them
     return None
 
 
-def extra_keys(request: Request, adapter_digest: Callable[[str], str | None]) -> tuple[ExtraKey, ...] | None:
+def extra_keys(request: Request, adapter_digest: Callable[[int, str], str | None]) -> tuple[ExtraKey, ...] | None:
     """What the prefix hashes must cover beyond the tokens: the LoRA adapter and media, by content.
 
     None while an adapter's digest is not known yet, or where media carry a name given by the user instead of a digest
@@ -31,7 +33,9 @@ def extra_keys(request: Request, adapter_digest: Callable[[str], str | None]) ->
     """
     keys: list[ExtraKey] = []
     if request.lora_request is not None:
-        digest = adapter_digest(request.lora_request.lora_path)
+        if request.lora_request.load_inplace:
+            return None  # other weights under the same number: the files do not tell which ones the engine has
+        digest = adapter_digest(request.lora_request.lora_int_id, request.lora_request.lora_path)
         if digest is None:
             return None
         keys.append(ExtraKey("lora", digest, 0))

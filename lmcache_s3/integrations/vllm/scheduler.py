@@ -107,6 +107,7 @@ class SchedulerRole:
         self._pending: set[bytes] = set()
         self._staging_number = 0
         self._pause_s, self._paused_until_s = _PAUSE_FIRST_S, 0.0
+        self._off = False
 
     # ---- matching --------------------------------------------------------------------------------------------------
 
@@ -141,7 +142,7 @@ class SchedulerRole:
 
     def match(self, request: Request, computed_tokens: int) -> int:
         """Tokens beyond `computed_tokens` that can be loaded: a look-up in memory."""
-        cache = self._ready()
+        cache = self._ready() if not self._off else None
         tracked = self._track(request, cache) if cache is not None else None
         if cache is None or tracked is None or not tracked.may_match or self._clock() < self._paused_until_s:
             return 0
@@ -170,7 +171,7 @@ class SchedulerRole:
             return
         tracked.pins = cache.index.pin({ref.extent.name for ref in chunks})
         tracked.pins.__enter__()
-        tracked.next_chunk = max(tracked.next_chunk, len(tracked.match))
+        self._go_on_at(tracked, max(tracked.next_chunk, len(tracked.match)))
         self._orders.loads.append(LoadOrder(request.request_id, chunks, first * chunk_tokens, start, end, tuple(ids)))
         self.counters.add(matched_requests=1, matched_tokens=external_tokens)
 
@@ -178,10 +179,20 @@ class SchedulerRole:
 
     def orders(self, output: SchedulerOutput) -> StepOrders:
         """This step's orders to the workers; follows every scheduled request's blocks and full chunks."""
-        cache = self._ready()
         orders, self._orders = self._orders, StepOrders()
+        whole = False
+        try:
+            self._plan(orders, output)
+            whole = True
+        finally:
+            if not whole:  # for `failed_orders`: nothing that was ordered may be forgotten
+                self._orders = orders
+        return orders
+
+    def _plan(self, orders: StepOrders, output: SchedulerOutput) -> None:
+        cache = self._ready()
         if cache is None:
-            return orders
+            return
         orders.space_id = cache.space.id
         for new in output.scheduled_new_reqs:
             self._progress(orders, new.req_id, new.block_ids[0], True, new.num_computed_tokens, output)
@@ -191,7 +202,6 @@ class SchedulerRole:
             resumed = request_id in cached.resumed_req_ids
             self._progress(orders, request_id, ids[0] if ids else [], resumed, cached.num_computed_tokens[i], output)
         self._expire()
-        return orders
 
     def _progress(
         self, orders: StepOrders, request_id: str, ids: list[int], fresh: bool, computed: int, output: SchedulerOutput
@@ -234,6 +244,12 @@ class SchedulerRole:
         if len(growing.hashes) >= self._extent_chunks:
             self._close(orders, tracked)
 
+    def _go_on_at(self, tracked: _Tracked, chunk: int) -> None:
+        """Store from this chunk on. An extent's chunks follow one another, so what is growing ends before a gap."""
+        if chunk != tracked.next_chunk:
+            self._close(self._orders, tracked)
+            tracked.next_chunk = chunk
+
     def _close(self, orders: StepOrders, tracked: _Tracked) -> None:
         """Name the growing extent (born now) and order its upload."""
         growing, tracked.growing = tracked.growing, None
@@ -274,12 +290,15 @@ class SchedulerRole:
             if tracked is not None:
                 tracked.may_match = False
                 # What is computed instead is stored again, as far as the index does not (or no longer) name it.
-                tracked.next_chunk = min(tracked.next_chunk, -(-tracked.local_tokens // self._settings.chunk_tokens))
+                first = -(-tracked.local_tokens // self._settings.chunk_tokens)
+                self._go_on_at(tracked, min(tracked.next_chunk, first))
                 self._unpin(tracked)
             self.counters.add(failed_loads=1)
 
     def _take_report(self, report: WorkerReport) -> None:
         cache = self._cache
+        if report.off is not None:
+            self.turn_off(report.off)
         for part in report.stored:
             upload = self._uploading.get(part.name)
             if upload is not None:
@@ -358,18 +377,28 @@ class SchedulerRole:
     def failed_orders(self) -> StepOrders:
         """After an error of ours: every load ordered and not yet sent fails, so that no request waits for ever."""
         orders, self._orders = self._orders, StepOrders()
-        return StepOrders(fail=[order.request_id for order in orders.loads] + orders.fail)
+        for upload in orders.uploads:
+            self._give_up(str(upload.name), "an error of ours, see above")
+        return StepOrders(
+            fail=[order.request_id for order in orders.loads] + orders.fail,
+            discard=[upload.staging for upload in orders.uploads] + orders.discard,
+        )
+
+    def turn_off(self, why: str) -> None:
+        """Match and store nothing any more, until the engine is started again."""
+        if self._off:
+            return
+        self._off = True
+        logger.warning("LMCache-S3 is off until the engine is started again: %s", why)
+        for tracked in self._tracked.values():
+            self._unpin(tracked)
+            if tracked.growing is not None:
+                self._orders.discard.append(tracked.growing.staging)
+        self._tracked.clear()
 
     def reset(self) -> None:
-        """The engine's weights may have changed: off until the digest is known again."""
-        if self._cache is not None:
-            self._cache.close(1.0)
-            self._cache = None
-        self._orders.discard.extend(t.growing.staging for t in self._tracked.values() if t.growing)
-        self._tracked.clear()
-        self._uploading.clear()
-        self._pending.clear()
-        self._opening.restart()
+        """The engine's weights may have changed, in its memory and not in the files that we know them by."""
+        self.turn_off("its cache was reset, so its weights may be others than those in the model's files")
 
     def write_stats(self) -> None:
         facts: dict[str, Any] = {"ready": self._cache is not None, "uploading": len(self._uploading)}

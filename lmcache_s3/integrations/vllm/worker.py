@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lmcache_s3.codecs.base import KVCodec
-from lmcache_s3.errors import Bug, LMCacheS3Error, Unusable
+from lmcache_s3.errors import Bug, Invalid, LMCacheS3Error, Unusable
 from lmcache_s3.integrations.vllm.audit import Audit
 from lmcache_s3.integrations.vllm.blocks import EngineBlocks
 from lmcache_s3.integrations.vllm.metadata import (
@@ -40,15 +40,19 @@ from lmcache_s3.integrations.vllm.stats import Counters
 from lmcache_s3.loading import LoadReport
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.tiers.stores.open import open_store
-from lmcache_s3.transfer import Transfer
+from lmcache_s3.transfer import Transfer, check_staging
 from lmcache_s3.types import HASH_BYTES, Geometry
 from lmcache_s3.uploading import StoredShard
 
 if TYPE_CHECKING:
     from lmcache_s3.config import Settings
     from lmcache_s3.handle import Handle
+    from lmcache_s3.tiers.base import Tier
 
 logger = logging.getLogger("lmcache_s3.vllm")
+
+_MOST_ENGINES = 16
+"""Engines on one host that may have their part of one `disk_path`."""
 
 
 @dataclass
@@ -79,12 +83,14 @@ class WorkerRole:
         attention_layers: Mapping[str, Any],
         tensor_rank: int = 0,
         stage: int = 0,
+        replica: int = 0,
     ) -> None:
-        """attention_layers: vLLM's layers by name, to learn from where they keep what."""
+        """attention_layers: vLLM's layers by name, to learn from where they keep what. replica: data-parallel rank."""
         self._facts, self._settings, self._codec = facts, settings, codec
         self._attention_layers = attention_layers
         self._tensor_rank = tensor_rank
         self.rank = tensor_rank + facts.tensor_parallel * stage
+        self._owner = f"rank{self.rank}" if not replica else f"rank{self.rank}-replica{replica}"
         self._geometry = Geometry(
             facts.group.kv,
             facts.group.layers,
@@ -93,6 +99,7 @@ class WorkerRole:
             facts.kv_dtype,
             settings.chunk_tokens,
         )
+        check_staging(settings.staging_bytes, self._geometry, codec)
         self.counters = Counters("worker", self.rank)
         self._store = CountingStore(open_store(settings.url, options=settings.store_options()))
         self._transfer: Transfer | None = None
@@ -111,6 +118,24 @@ class WorkerRole:
         """Learn where the engine keeps what. Raises `Unsupported` or `Invalid` where it cannot be learnt."""
         self._blocks = EngineBlocks.learn(kv_caches, self._attention_layers, self._facts, self._tensor_rank)
 
+    def turn_off(self, why: str) -> None:
+        """Tell the scheduler that this rank can neither load nor store."""
+        with self._lock:
+            self._report.off = why
+
+    def _tiers(self, space_id: str) -> list[Tier]:
+        """The tiers before the bucket. A disk directory is one process's: another engine here takes the next."""
+        if self._settings.disk_path is None:
+            return self._settings.make_tiers(space_id, self._owner)
+        problem: Invalid | None = None
+        for i in range(_MOST_ENGINES):
+            try:
+                return self._settings.make_tiers(space_id, self._owner + (f".{i}" if i else ""))
+            except Invalid as error:
+                problem = error
+        logger.warning("going on without the disk tier: %s", problem)
+        return self._settings.model_copy(update={"disk_path": None, "disk_bytes": None}).make_tiers(space_id, "")
+
     def _transfer_for(self, space_id: str) -> Transfer:
         if self._transfer is None:
             self._transfer = Transfer(
@@ -118,7 +143,7 @@ class WorkerRole:
                 space_id,
                 self._geometry,
                 self._codec,
-                self._settings.make_tiers(space_id, f"rank{self.rank}"),
+                self._tiers(space_id),
                 settings=self._settings.transfer_settings(),
                 on_thread_start=_leave_compute_cores,
             )
@@ -148,12 +173,13 @@ class WorkerRole:
             self._failed_at_once.add(order.request_id)
             return
         chunk_tokens = self._geometry.chunk_tokens
+        begun = blocks.mark()
 
         def sink(chunk: int, layers: range, heads: range, cell: np.ndarray) -> None:
             first = order.first_chunk_token + chunk * chunk_tokens
             begin, end = max(first, order.start_token), min(first + chunk_tokens, order.end_token)
             ids = blocks.ids(order.block_ids, begin - order.start_token, end - order.start_token)
-            blocks.scatter(ids, layers, heads, cell[:, :, begin - first : end - first])
+            blocks.scatter(ids, layers, heads, cell[:, :, begin - first : end - first], after=begun)
 
         handle = self._transfer_for(space_id).load(
             order.chunks, sink, layers=blocks.layers, heads=blocks.heads, deadline_s=self._settings.load_deadline_s
@@ -166,7 +192,13 @@ class WorkerRole:
         done = {request_id for request_id, (_, handle) in self._loads.items() if handle.done()}
         for request_id in done:
             order, handle = self._loads.pop(request_id)
-            if not self._finish_load(order, handle):
+            try:
+                whole = self._finish_load(order, handle)
+            except Exception:  # the request waits for an answer, whatever went wrong
+                logger.exception("a load that ended could not be taken over; the engine computes")
+                self.counters.add(internal_errors=1)
+                whole = False
+            if not whole:
                 failed.add(request_id)
         return done | failed, failed
 
@@ -204,12 +236,22 @@ class WorkerRole:
         """Copy full chunks out of the engine's blocks; called after the forward that filled them."""
         for key in orders.discard:
             self._forget(key)
-        if self._blocks is None or not self._facts.writes(self._tensor_rank):
+        if not self._facts.writes(self._tensor_rank):
             return
-        for order in orders.gathers:
-            self._gather_one(order, self._blocks)
-        for upload in orders.uploads:
-            self._start_upload(upload, orders.space_id)
+        try:
+            if self._blocks is not None:
+                for order in orders.gathers:
+                    self._gather_one(order, self._blocks)
+        finally:  # each upload is answered, whatever happens
+            for upload in orders.uploads:
+                self._answer_upload(upload, orders.space_id)
+
+    def _answer_upload(self, upload: UploadOrder, space_id: str | None) -> None:
+        try:
+            self._start_upload(upload, space_id)
+        except Exception as error:  # noqa: BLE001 - an extent that cannot be stored is given up, whatever the cause
+            self._forget(upload.staging)
+            self._fail(upload, getattr(error, "kind", "bug"), str(error))
 
     def _gather_one(self, order: GatherOrder, blocks: EngineBlocks) -> None:
         n_bytes = blocks.chunk_bytes(self._geometry)
