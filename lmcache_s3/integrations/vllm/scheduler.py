@@ -191,7 +191,8 @@ class SchedulerRole:
 
     def _plan(self, orders: StepOrders, output: SchedulerOutput) -> None:
         cache = self._ready()
-        if cache is None:
+        if cache is None or self._off:
+            self._expire()
             return
         orders.space_id = cache.space.id
         for new in output.scheduled_new_reqs:

@@ -154,8 +154,11 @@ class WorkerRole:
     def start_loads(self, orders: StepOrders) -> None:
         """Begin this step's loads; returns at once. A load that cannot begin is failed, never forgotten."""
         self._failed_at_once.update(orders.fail)
-        if orders.space_id is not None:
-            self._transfer_for(orders.space_id)  # made before the first load needs it
+        if orders.space_id is not None and self._transfer is None:  # made before the first load needs it
+            try:
+                self._transfer_for(orders.space_id)
+            except LMCacheS3Error as error:
+                self.turn_off(str(error))
         for order in orders.loads:
             try:
                 self._start_load(order, orders.space_id)
