@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,9 +12,12 @@ import torch
 
 pytest.importorskip("vllm", reason="the real vLLM is needed: make setup")
 
+from lmcache_s3.config import load_settings
 from lmcache_s3.errors import Invalid
 from lmcache_s3.integrations.vllm.blocks import EngineBlocks
 from lmcache_s3.integrations.vllm.model import _rope
+from lmcache_s3.integrations.vllm.opening import Opening
+from lmcache_s3.integrations.vllm.requests import extra_keys, uncacheable
 
 pytestmark = pytest.mark.engine
 
@@ -66,3 +71,30 @@ def test_a_layer_unlike_the_others_is_refused(odd: str) -> None:
     facts: Any = SimpleNamespace(heads_of=lambda rank: range(2))
     with pytest.raises(Invalid, match=r"model\.layers\.1\.attn"):
         EngineBlocks.learn(views, layers, facts, 0)
+
+
+def test_an_adapter_loaded_again_is_read_again(tmp_path: Path) -> None:
+    """The engine gives each adapter it loads a number of its own; the same path may hold other weights by then."""
+    settings = load_settings(url="memory://adapters")
+    opening = Opening(SimpleNamespace(), settings, settings.make_codec())  # type: ignore[arg-type]
+
+    def digest(number: int) -> str:
+        end_s = time.monotonic() + 10
+        while (found := opening.adapter_digest(number, str(tmp_path))) is None and time.monotonic() < end_s:
+            time.sleep(0.01)
+        assert found is not None
+        return found
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"old")
+    old = digest(1)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"newer")
+    assert digest(1) == old, "what the engine has under this number"
+    assert digest(2) != old
+
+
+def test_adapters_loaded_in_place_and_streaming_sessions_are_not_cached() -> None:
+    lora = SimpleNamespace(load_inplace=True, lora_int_id=1, lora_path="/adapter")
+    assert extra_keys(SimpleNamespace(lora_request=lora, mm_features=[]), lambda *_: "ab" * 32) is None  # type: ignore[arg-type]
+    request: Any = SimpleNamespace(prompt_token_ids=[1], prompt_embeds=None, pooling_params=None, resumable=True)
+    assert uncacheable(request) == "streaming session"

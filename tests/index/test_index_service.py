@@ -251,7 +251,7 @@ def test_look_ups_see_one_version_while_commits_go_on(opened: Callable[..., Inde
     """An extent appears whole or not at all, whatever the applier does meanwhile."""
     index, stop = opened(), threading.Event()
     seen: list[int] = []
-    records = [make_record(chunks=16) for _ in range(60)]
+    records = [make_record(chunks=16) for _ in range(20)]
 
     def look() -> None:
         while not stop.is_set():
@@ -266,7 +266,7 @@ def test_look_ups_see_one_version_while_commits_go_on(opened: Callable[..., Inde
     for thread in threads:
         thread.join()
     assert set(seen) <= {0, 16}
-    assert index.stats().extents == 60
+    assert index.stats().extents == 20
 
 
 def test_checkpoints_serve_a_cold_start(store: CountingStore, opened: Callable[..., Index]) -> None:
