@@ -95,6 +95,6 @@ def test_an_adapter_loaded_again_is_read_again(tmp_path: Path) -> None:
 
 def test_adapters_loaded_in_place_and_streaming_sessions_are_not_cached() -> None:
     lora = SimpleNamespace(load_inplace=True, lora_int_id=1, lora_path="/adapter")
-    assert extra_keys(SimpleNamespace(lora_request=lora, mm_features=[]), lambda *_: "ab" * 32) is None  # type: ignore[arg-type]
+    assert extra_keys(SimpleNamespace(lora_request=lora, mm_features=[]), lambda *_: "ab" * 32) is None
     request: Any = SimpleNamespace(prompt_token_ids=[1], prompt_embeds=None, pooling_params=None, resumable=True)
     assert uncacheable(request) == "streaming session"
