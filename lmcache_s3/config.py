@@ -206,7 +206,9 @@ class Settings(BaseSettings):
         mend="write for example /var/cache/lmcache-s3",
     )
     staging_bytes: Size = _size(
-        "512MiB", "Most host memory for KV on its way in or out; where it does not suffice, stores are dropped first."
+        "512MiB",
+        "Most host memory for KV on its way in or out, and a quarter more that is kept for the next reads; where it "
+        "does not suffice, stores are dropped first.",
     )
     io_threads: Count = _field(
         8,

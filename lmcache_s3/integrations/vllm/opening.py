@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -169,13 +168,6 @@ class Opening:
             damage,
             before=dict(store.counts),
         )
-
-    def wait(self, timeout_s: float) -> bool:
-        """For tests and benchmarks: is the cache open within this time?"""
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end and self.poll() is None:
-            time.sleep(0.02)
-        return self.poll() is not None
 
     def close(self) -> None:
         self._stopped.set()

@@ -31,7 +31,7 @@ HELP = {
     "void_extents": "extents whose commit came too late",
     "failed_extents": "extents given up before they were committed",
     "dropped_chunks": "chunks not stored because the staging memory was full",
-    "skipped_requests": "requests that cannot be cached (prompt embeddings, adapters or media without a digest)",
+    "skipped_requests": "requests not cached: embeddings, streaming sessions, adapters or media without a digest",
     "internal_errors": "errors inside the connector, each answered by computing",
 }
 """What each counter of vLLM's hooks means."""
