@@ -281,11 +281,17 @@ def _make_directories(directory: str) -> None:
     parent = os.path.dirname(directory)
     if parent != directory:
         _make_directories(parent)
-    with contextlib.suppress(FileExistsError):
+    try:
         os.mkdir(directory)
+    except FileExistsError:
+        # One look, not two: between "no directory" and "something is there" another writer may make it.
+        with contextlib.suppress(FileNotFoundError):  # pruned again: the caller tries again
+            if not stat.S_ISDIR(os.stat(directory).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, "not a directory", directory, None, directory) from None
+        if os.path.islink(directory) and not os.path.exists(directory):
+            raise NotADirectoryError(errno.ENOTDIR, "not a directory", directory, None, directory) from None
+    else:
         _sync_directory(parent)
-    if not os.path.isdir(directory) and os.path.lexists(directory):
-        raise NotADirectoryError(errno.ENOTDIR, "not a directory", directory, None, directory)
 
 
 def _sync_directory(directory: str) -> None:
