@@ -1,9 +1,9 @@
 """Which live extents should go: budgets, age, and never a chunk that nobody can reach.
 
 Pure: NumPy over the columns of one state, no I/O, clock or randomness; the same in, the same out. An engine matches a
-prompt from its first chunk on, so an extent whose parent is gone is dead weight. Therefore an extent counts as used when
-any of its descendants was (*effective* access), and a descendant always goes before its ancestors: removing any first
-part of what `choose` returns takes no kept extent's parent away.
+prompt from its first chunk on, so an extent whose parent is gone is dead weight. Therefore an extent counts as used
+when any of its descendants was (*effective* access), and a descendant always goes before its ancestors: removing any
+first part of what `choose` returns takes no kept extent's parent away.
 A *tenant* is the root of the prefix chain (`root_hash(space_id, salt)`, first 16 bytes): whole trees belong to one.
 
 Columns are untrusted: a parent that does not lie before its child in the prompt is no parent, so there are no cycles.
@@ -31,15 +31,24 @@ class Columns(Protocol):
     """Live extents as arrays, one row each, in the order of first add (`State.columns()`).
 
     parent_row: row of the extent that holds the chunk before the first; −1 at token 0; −2 if nobody live holds it.
-    root: 16 bytes, the chain's root where first_token is 0, else zero. created, last_access: versions.
+    root: 16 bytes, the chain's root where first_token is 0, else zero. created, last_access: versions. covered: bool,
+    every chunk of it is in live extents added before.
     """
 
-    encoded_bytes: Ints
-    first_token: Ints
-    created: Ints
-    last_access: Ints
-    parent_row: Ints
-    root: np.ndarray
+    @property
+    def encoded_bytes(self) -> Ints: ...
+    @property
+    def first_token(self) -> Ints: ...
+    @property
+    def created(self) -> Ints: ...
+    @property
+    def last_access(self) -> Ints: ...
+    @property
+    def parent_row(self) -> Ints: ...
+    @property
+    def root(self) -> np.ndarray: ...
+    @property
+    def covered(self) -> np.ndarray: ...
 
 
 class Why(IntEnum):
@@ -47,7 +56,7 @@ class Why(IntEnum):
 
     DAMAGED = 1
     COVERED = 2
-    """Every chunk of it is in an earlier live extent."""
+    """Every chunk of it is in live extents added before."""
     UNREACHABLE = 3
     """Nobody live holds the chunk before it, or before an ancestor of it."""
     UNUSED = 4
@@ -84,10 +93,8 @@ class Victims:
         return len(self.rows)
 
 
-def choose(
-    columns: Columns, limits: Limits, *, damaged: np.ndarray | None = None, covered: np.ndarray | None = None
-) -> Victims:
-    """What to remove. damaged, covered: bool, one a row; None: none is."""
+def choose(columns: Columns, limits: Limits, *, damaged: np.ndarray | None = None) -> Victims:
+    """What to remove. damaged: bool, one a row; None: none is."""
     n = len(columns.first_token)
     why = np.zeros(n, np.uint8)
     if n == 0:
@@ -97,10 +104,9 @@ def choose(
     order = _removal_order(access, columns.first_token)
     if damaged is not None:
         why[damaged] = Why.DAMAGED
-    if covered is not None:
-        has_children = np.zeros(n, bool)
-        has_children[parent[parent >= 0]] = True
-        _mark(why, covered & ~has_children, Why.COVERED)
+    has_children = np.zeros(n, bool)
+    has_children[parent[parent >= 0]] = True
+    _mark(why, columns.covered & ~has_children, Why.COVERED)
     top = _tops(parent)
     stranded = parent[top] == -2
     youngest = _over_descendants(columns.created, parent)
@@ -156,7 +162,7 @@ def _tops(parent: Ints) -> Ints:
     """The row at the top of each row's chain."""
     top: Ints = np.where(parent >= 0, parent, np.arange(len(parent)))
     while True:
-        further: Ints = top[top]
+        further = top[top]
         if np.array_equal(further, top):
             return top
         top = further
@@ -164,7 +170,8 @@ def _tops(parent: Ints) -> Ints:
 
 def _removal_order(access: Ints, first_token: Ints) -> Ints:
     """Rows, first to go first: least recently used; of those the latest in its prompt; of those the youngest."""
-    return np.lexsort((-np.arange(len(access)), -first_token, access))
+    order: Ints = np.lexsort((-np.arange(len(access)), -first_token, access))
+    return order
 
 
 def _over_tenant_budgets(

@@ -22,7 +22,11 @@ class Made:
     last_access: np.ndarray
     created: np.ndarray
     encoded_bytes: np.ndarray
-    root: np.ndarray = field(default_factory=lambda: np.zeros(0, "V16"))
+    root: np.ndarray
+    covered: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.covered = np.zeros(len(self.first_token), bool)
 
 
 def made(*rows: tuple[int, int, int, int], roots: dict[int, bytes] | None = None) -> Made:
@@ -198,7 +202,8 @@ def test_what_hangs_on_the_damaged_goes_once_it_is_old() -> None:
 
 def test_the_covered_go_unless_something_hangs_on_them() -> None:
     columns = made((0, -1, 5, 10), (0, -1, 5, 10), (256, 0, 5, 10))
-    victims = choose(columns, Limits(), covered=np.array([True, True, False]))
+    columns.covered = np.array([True, True, False])
+    victims = choose(columns, Limits())
     assert (victims.rows.tolist(), victims.why.tolist()) == ([1], [Why.COVERED])
 
 
