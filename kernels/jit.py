@@ -14,12 +14,13 @@ import numba
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def kernel(function: F, signature: object = None) -> F:
-    """Compile with `nogil`, cached beside the source or in the user's cache directory, else in memory only.
+def kernel(function: F, signature: object = None, *, nogil: bool = True) -> F:
+    """Compile, cached beside the source or in the user's cache directory, else in memory only.
 
-    signature: of Numba, to compile for now; None: on first call, for what it is called with.
+    signature: of Numba, to compile for now; None: on first call, for what it is called with. nogil: release the GIL
+    meanwhile; what takes microseconds keeps it, since getting it back from a busy thread can take milliseconds.
     """
     try:
-        return cast(F, numba.njit(signature, nogil=True, cache=True, fastmath=False)(function))
+        return cast(F, numba.njit(signature, nogil=nogil, cache=True, fastmath=False)(function))
     except RuntimeError:  # Numba found no directory that it may write
-        return cast(F, numba.njit(signature, nogil=True, fastmath=False)(function))
+        return cast(F, numba.njit(signature, nogil=nogil, fastmath=False)(function))

@@ -11,10 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from lmcache_s3.testing.servers import CEPH_PACKAGES, CephRGW, SeaweedFS
 
 _BUCKET = "tests"
+
+# No test is judged by the clock: machines are shared, and a kernel's first call compiles it.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ Raises `Unavailable` (store), `Invalid` (credentials, permission), `Unusable` (a
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 
@@ -38,14 +39,17 @@ from lmcache_s3.index.manifest import (
     log_key,
     parse_checkpoint_key,
     segments_prefix,
+    unjudged,
 )
+from lmcache_s3.index.pace import Pace, Rate
 from lmcache_s3.index.replica import Replica
 from lmcache_s3.index.segments import (
     MAX_INDEX_BYTES,
     CheckpointIndex,
+    Segment,
     decode_index,
-    decode_segments,
     encode_checkpoint,
+    load_checkpoint,
 )
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.types import ExtentName, ExtentRecord, Outcome
@@ -67,6 +71,8 @@ class LogCounters:
     polls: int = 0
     versions_read: int = 0
     commits: int = 0
+    creates: int = 0
+    """Tried; of these some were won, lost, or got no clear answer."""
     lost: int = 0
     """Creates lost to another writer."""
     unknown: int = 0
@@ -76,11 +82,31 @@ class LogCounters:
     void: int = 0
     checkpoints: int = 0
 
+    @property
+    def contention(self) -> float:
+        """Which part of the creates was lost to others, 0…1."""
+        return self.lost / self.creates if self.creates else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Read:
     delta: Delta
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What one call of `commit` wants, and what the log said when it was called."""
+
+    add: tuple[ExtentRecord, ...]
+    remove: tuple[ExtentName, ...]
+    floor: int
+    lead: str | None
+    access: tuple[ExtentName, ...]
+    since: int
+    """Replica version then: an access recorded later is as good as ours."""
+    led_by: str | None
+    """The leader then."""
 
 
 @dataclass(slots=True)
@@ -108,8 +134,9 @@ class LogLimits:
 
 @dataclass(slots=True)
 class Log:
-    """`writer`: ULID of this process. `sleep(seconds)`, `rng`, `nonce()` (32 hex digits) and `readers` (an executor for
-    reading ahead while catching up; None: one GET after another) are injected."""
+    """`writer`: ULID of this process. `sleep(seconds)`, `rng`, `nonce()` (32 hex digits), `clock()` (seconds, of any
+    beginning; only to measure rates) and `readers` (an executor for reading ahead while catching up; None: one GET after
+    another) are injected."""
 
     store: ObjectStore
     space_id: str
@@ -121,10 +148,19 @@ class Log:
     replica: Replica = field(default_factory=Replica)
     readers: Executor | None = None
     counters: LogCounters = field(default_factory=LogCounters)
+    clock: Callable[[], float] = time.monotonic
+    pace: Pace = field(init=False)
+    """Contention seen by this process."""
+    rate: Rate = field(init=False)
+    """Versions per second, of all writers."""
     _empty_polls: int = 0
     _created: int = 0
     """The newest version that was created here and confirmed."""
     _past: _Past = field(default_factory=_Past)
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.rng, self.limits.backoff_s, self.limits.backoff_cap_s)
+        self.rate = Rate(self.clock)
 
     @property
     def state(self) -> State:
@@ -141,7 +177,9 @@ class Log:
     def sync(self) -> State:
         """Catch up with the log; returns the confirmed state. On errors the state is what it was, or further on."""
         self.counters.polls += 1
-        return self._settle([])
+        state = self._settle([])
+        self.rate.seen(state.version)
+        return state
 
     def _settle(self, batch: list[_Read]) -> State:
         """Sync. `batch`: a version just created here, which counts as just read: begins with step 2."""
@@ -271,12 +309,10 @@ class Log:
     def _load(self, index: CheckpointIndex) -> State:
         prefix = segments_prefix(self.space_id, index.version, index.nonce)
 
-        def get(item: tuple[str, int]) -> bytes:
-            return self.store.get(prefix + item[0], limit_bytes=item[1])
+        def get(segment: Segment) -> bytes:
+            return self.store.get(prefix + segment.file, limit_bytes=segment.size_bytes)
 
-        wanted = [(segment.file, segment.size_bytes) for segment in index.segments]
-        found = list(map(get, wanted)) if self.readers is None else list(self.readers.map(get, wanted))
-        return decode_segments(index, {file: data for (file, _), data in zip(wanted, found, strict=True)})
+        return load_checkpoint(index, get, self.readers)
 
     def checkpoint(self) -> int:
         """Put a checkpoint of the confirmed state: segments, then index; returns its version."""
@@ -318,37 +354,62 @@ class Log:
     # ---- Commit ----------------------------------------------------------------------------------------------------
 
     def commit(
-        self, add: Sequence[ExtentRecord], remove: Sequence[ExtentName] = (), *, floor: int = 0
+        self,
+        add: Sequence[ExtentRecord],
+        remove: Sequence[ExtentName] = (),
+        *,
+        floor: int = 0,
+        lead: str | None = None,
+        access: Sequence[ExtentName] = (),
+        give_way: bool = False,
     ) -> list[Verdict]:
-        """Add and remove extents and raise the floor in one version; a verdict for each of `add`, after the fence.
+        """Add and remove extents, raise the floor, name the leader and record accesses in one version; a verdict for
+        each of `add`, after the fence. What the state says already needs no version.
 
         The extents' objects must be durable already. Repeating a commit is harmless (names are used once), so after any
-        error the caller keeps it and tries again. Raises `Conflict` when too many creates were lost.
+        error the caller keeps it and tries again. A name in both `add` and `remove` is removed.
+        lead: a ULID or `NOBODY`; dropped once the log names another leader than when this was called, so that of many
+        who want to lead one does. access: dropped where a later access than the replica's at this call is recorded.
+        Raises `Conflict` when too many creates were lost, or, with `give_way`, as soon as such another leader is seen
+        (kind `leader`): handing over is cheaper then.
         """
+        gone = set(remove)
+        kept = tuple(record for record in add if record.name not in gone)
+        before = self.state
+        wish = _Wish(kept, tuple(remove), floor, lead, tuple(access), before.version, before.lead)
         self.sync()
-        for attempt in range(self.limits.max_commit_attempts):
-            delta = self._unjudged(add, remove, floor)
+        for _ in range(self.limits.max_commit_attempts):
+            delta = self._wanted(wish)
             if delta is None:
-                return self._verdicts(add)
-            body = encode_delta(delta)
-            outcome = self._create(self.state.version + 1, body)
-            if outcome is Outcome.WON:
-                version = self.state.version + 1
-                if self._settle([_Read(delta, len(body))]).version == version:
-                    self._created = version
-                    self.counters.commits += 1
+                return self._verdicts(add, gone)
+            if give_way and self._is_led_anew(wish):
+                raise Conflict(f"{self.state.lead} leads now: to be handed over", kind="leader")
+            if self._tried(delta):
                 continue
-            if outcome is Outcome.LOST:
-                self.counters.lost += 1
-            else:
-                self.counters.unknown += 1
-            longest = min(self.limits.backoff_cap_s, self.limits.backoff_s * 2.0 ** min(attempt, 30))
-            self.sleep(self.rng.uniform(0, longest))
+            self.sleep(self.pace.backoff_s())
             self.sync()
         raise Conflict(
             f"no version could be created in {self.limits.max_commit_attempts} attempts; kept for the next round",
             key=log_key(self.space_id, self.state.version + 1),
         )
+
+    def _tried(self, delta: Delta) -> bool:
+        """Create the next version; whether that was won (whatever the fence says of it then)."""
+        body, version = encode_delta(delta), self.state.version + 1
+        self.counters.creates += 1
+        outcome = self._create(version, body)
+        if outcome is Outcome.WON:
+            self.pace.won()
+            if self._settle([_Read(delta, len(body))]).version == version:
+                self._created = version
+                self.counters.commits += 1
+            return True
+        self.pace.lost()
+        if outcome is Outcome.LOST:
+            self.counters.lost += 1
+        else:
+            self.counters.unknown += 1
+        return False
 
     def _create(self, version: int, body: bytes) -> Outcome:
         try:
@@ -356,26 +417,36 @@ class Log:
         except Unavailable:  # like a lost answer: it may have taken effect
             return Outcome.UNKNOWN
 
-    def _unjudged(self, add: Sequence[ExtentRecord], remove: Sequence[ExtentName], floor: int) -> Delta | None:
+    def _wanted(self, wish: _Wish) -> Delta | None:
         """What of it the state does not say yet; of records that cover each other only the first."""
-        state, fresh = self.state, []
-        # What is removed covers nothing: an extent that replaces a damaged one may come in the same version.
-        expected = apply(state, Delta(self.writer, remove=tuple(remove)))
-        for record in add:
-            if judged(expected, record) is None:
-                fresh.append(record)
-                expected = apply(expected, Delta(self.writer, add=(record,)))
-        gone = tuple(name for name in remove if name in state.extents)
-        if not fresh and not gone and floor <= state.floor:
+        state = self.state
+        fresh = tuple(unjudged(state, wish.add, wish.remove))
+        gone = tuple(name for name in wish.remove if name in state.extents)
+        access = tuple(name for name in wish.access if self._is_news(name, wish.since))
+        lead = wish.lead
+        if lead is not None and ((lead or None) == state.lead or self._is_led_anew(wish)):
+            lead = None
+        if not fresh and not gone and not access and lead is None and wish.floor <= state.floor:
             return None
-        return Delta(self.writer, add=tuple(fresh), remove=gone, floor=floor)
+        return Delta(self.writer, fresh, gone, wish.floor, lead, access)
 
-    def _verdicts(self, add: Sequence[ExtentRecord]) -> list[Verdict]:
+    def _is_news(self, name: ExtentName, since: int) -> bool:
+        live = self.state.extents.get(name)
+        return live is not None and live.last_access <= since
+
+    def _is_led_anew(self, wish: _Wish) -> bool:
+        """Whether the log names a leader now that is neither this process nor the one it named when `commit` was
+        called."""
+        return self.state.lead not in (None, self.writer, wish.led_by)
+
+    def _verdicts(self, add: Sequence[ExtentRecord], gone: Container[ExtentName]) -> list[Verdict]:
         out = []
         for record in add:
             verdict = judged(self.state, record)
             if verdict is None:
-                raise Bug(f"extent {record.name} is committed, but the state does not judge it")
+                if record.name not in gone:
+                    raise Bug(f"extent {record.name} is committed, but the state does not judge it")
+                verdict = Verdict.VOID
             self.counters.void += verdict is Verdict.VOID
             out.append(verdict)
         return out

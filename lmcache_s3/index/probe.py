@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Barrier
 
@@ -46,11 +46,11 @@ def probe(
     """
     names = [f"{prefix}probe/{nonce()}" for _ in range(keys)]
     with ThreadPoolExecutor(keys * (creators + 1), thread_name_prefix="lmcache-s3-probe") as pool:
-        try:
-            decided = sum(pool.map(lambda key: _race(store, key, creators, pool), names))
-        finally:
-            for key in names:
-                store.delete(key)
+        races = [pool.submit(_race, store, key, creators, pool) for key in names]
+        wait(races)  # all of them, or one that goes on would leave its object behind
+        for key in names:
+            store.delete(key)
+        decided = sum(race.result() for race in races)
     if not decided:
         raise Unavailable(f"{store.url}: no create in {keys} races was answered; try again later", kind="timeout")
     return ProbeReport(keys, creators, keys - decided)

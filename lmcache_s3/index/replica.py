@@ -12,43 +12,92 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import overload
+
+import numpy as np
 
 from lmcache_s3.index.manifest import EMPTY, State
-from lmcache_s3.types import ChunkRef, ExtentName
+from lmcache_s3.index.table import Array, keys_of
+from lmcache_s3.types import HASH_BYTES, ChunkRef, ExtentName, ExtentRecord
+
+_NOBODY_HIDDEN = np.empty(0, np.int64)
+
+
+class Matched(Sequence[ChunkRef]):
+    """A run of chunks found in one state. Its length is known at once; chunks and records are made when asked for."""
+
+    __slots__ = ("_chunks", "_rows", "_state")
+
+    def __init__(self, state: State, rows: Array) -> None:
+        self._state, self._rows = state, rows
+        self._chunks: list[ChunkRef] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, i: int) -> ChunkRef: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[ChunkRef]: ...
+    def __getitem__(self, i: int | slice) -> ChunkRef | Sequence[ChunkRef]:
+        if self._chunks is None and isinstance(i, slice):
+            return Matched(self._state, self._rows[i])
+        return self._all()[i]
+
+    def __iter__(self) -> Iterator[ChunkRef]:
+        return iter(self._all())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Matched({len(self)} chunks at version {self._state.version})"
+
+    def _all(self) -> list[ChunkRef]:
+        """Chunks of one extent share its record."""
+        if self._chunks is None:
+            a, records = self._state.arrays, dict[int, ExtentRecord]()
+            owners = a.rows.owner[self._rows]
+            hashes = a.rows.hashes[self._rows].tobytes()
+            positions = (self._rows - a.owners.starts[owners]).tolist()
+            chunks = []
+            for i, (owner, position) in enumerate(zip(owners.tolist(), positions, strict=True)):
+                record = records.get(owner)
+                if record is None:
+                    record = records[owner] = self._state.record(owner)
+                chunks.append(ChunkRef(hashes[HASH_BYTES * i : HASH_BYTES * (i + 1)], record, position))
+            self._chunks = chunks
+        return self._chunks
 
 
 class Replica:
     """All methods may be called from any thread; `publish` from the applier only."""
 
     def __init__(self) -> None:
-        self._state = EMPTY
+        self._view = (EMPTY, _NOBODY_HIDDEN)
+        """The state, and its extents that are hidden: one reference, so that they fit each other."""
         self._hidden: frozenset[ExtentName] = frozenset()
         self._pins: Counter[ExtentName] = Counter()
         self._lock = threading.Lock()
+        self.match([bytes(HASH_BYTES)])  # compiles what look-ups need, now rather than in the first
 
     @property
     def state(self) -> State:
-        return self._state
+        return self._view[0]
 
     def publish(self, state: State) -> None:
-        self._state = state
-        if self._hidden:
-            with self._lock:
+        with self._lock:
+            if self._hidden:
                 self._hidden = frozenset(name for name in self._hidden if name in state.extents)
+            self._view = (state, _owners(state, self._hidden))
 
-    def match(self, hashes: Sequence[bytes]) -> list[ChunkRef]:
+    def match(self, hashes: Sequence[bytes]) -> Sequence[ChunkRef]:
         """The longest known run from the first hash on (16 bytes each)."""
-        chunks, hidden = self._state.chunks, self._hidden
-        out: list[ChunkRef] = []
-        for prefix_hash in hashes:
-            refs = chunks.get(prefix_hash)
-            if refs is None:
-                break
-            ref = refs[0] if not hidden else next((r for r in refs if r.extent.name not in hidden), None)
-            if ref is None:
-                break
-            out.append(ref)
-        return out
+        state, hidden = self._view
+        rows = np.empty(len(hashes), np.int64)
+        return Matched(state, rows[: state.match(keys_of(hashes), hidden, rows)])
 
     def find(self, prefix_hash: bytes) -> ChunkRef | None:
         found = self.match([prefix_hash])
@@ -57,12 +106,16 @@ class Replica:
     def hide(self, name: ExtentName) -> None:
         """Match this extent no more; forgotten once the manifest no longer names it (names are used once)."""
         with self._lock:
-            self._hidden |= {name}
+            self._set_hidden(self._hidden | {name})
 
     def show(self, name: ExtentName) -> None:
         """Take back `hide`: the extent proved right after all."""
         with self._lock:
-            self._hidden -= {name}
+            self._set_hidden(self._hidden - {name})
+
+    def _set_hidden(self, names: frozenset[ExtentName]) -> None:
+        self._hidden = names
+        self._view = (self.state, _owners(self.state, names))
 
     @property
     def hidden(self) -> frozenset[ExtentName]:
@@ -86,3 +139,8 @@ class Replica:
     def pinned(self) -> frozenset[ExtentName]:
         with self._lock:
             return frozenset(self._pins)
+
+
+def _owners(state: State, names: Iterable[ExtentName]) -> Array:
+    found = [owner for name in names if (owner := state.owner_of(name)) is not None]
+    return np.array(found, np.int64) if found else _NOBODY_HIDDEN

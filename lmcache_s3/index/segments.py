@@ -1,9 +1,9 @@
 """Checkpoints: a whole state as parquet segments and one JSON index, and back (FORMAT.md §5).
 
-Pure: bytes ↔ `State`, no I/O. Entries (one row per live extent and chunk) are sharded by the top bits of their prefix
-hash, extents by the top bits of their last one; the number of shards is a power of two. An extent's `ordinal` is its
-rank in the order of first add over all shards; entries name their extent by it.
-Invariant: `State` → `encode_checkpoint` → `decode_index` + `decode_segments` → an equal `State`.
+Bytes ↔ `State`; I/O only through the `fetch` given. Entries (one row per live extent and chunk) are sharded by the
+top bits of their prefix hash, extents by those of their last one; the number of shards is a power of two. An extent's
+`ordinal` is its rank in the order of first add over all shards; entries name their extent by it.
+Invariant: `State` → `encode_checkpoint` → `decode_index` + `load_checkpoint` → an equal `State`.
 Raises `Unusable` (format, checksum, truncated, oversized) for anything that is not a whole, consistent checkpoint;
 sizes and row counts are checked before they are believed.
 """
@@ -11,20 +11,24 @@ sizes and row counts are checked before they are believed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
-from immutables import Map
 
 from lmcache_s3.errors import Unusable
-from lmcache_s3.index.delta import MAX_CELLS, MAX_INTEGER, check_format, check_record, integer, load_json, name_of
-from lmcache_s3.index.manifest import LiveExtent, State
-from lmcache_s3.types import FORMAT_VERSION, HASH_BYTES, ChunkRef, ExtentName, ExtentRecord, Grid
+from lmcache_s3.index.delta import MAX_CELLS, MAX_CHUNKS, MAX_INTEGER, check_format, integer, load_json
+from lmcache_s3.index.manifest import State, state_on
+from lmcache_s3.index.table import Batch, Table, gathered
+from lmcache_s3.kernels import hash_index
+from lmcache_s3.types import FORMAT_VERSION, HASH_BYTES
 
 ENTRIES_PER_SHARD = 2**18
 MAX_SHARDS = 2**12
@@ -60,6 +64,18 @@ EXTENTS_SCHEMA = pa.schema(
     ]
 )
 _SCHEMAS = {"entries": ENTRIES_SCHEMA, "extents": EXTENTS_SCHEMA}
+_RANDOM = ("prefix_hash", "sums.list.element")
+"""Columns that no compressor makes smaller: left as they are, they cost no time either."""
+_HOW: dict[str, dict[str, Any]] = {
+    "entries": {
+        "compression": {
+            name: "none" if name in _RANDOM else "zstd"
+            for name in ("prefix_hash", "extent", "position", "lengths.list.element", "sums.list.element")
+        },
+        "write_statistics": False,
+    },
+    "extents": {"compression": "zstd"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,24 +108,21 @@ def encode_checkpoint(
     state: State, nonce: str, writer: str, *, entries_per_shard: int = ENTRIES_PER_SHARD
 ) -> tuple[dict[str, bytes], bytes]:
     """({segment file name: bytes}, index bytes) of a state. Put the segments first, then the index."""
-    live = list(state.in_order())
-    rows = sum(extent.record.n_chunks for extent in live)
+    owners = state.live_owners()
+    live = gathered(state.table, state.arrays, owners)
     shards = 1
-    while shards < MAX_SHARDS and rows > shards * entries_per_shard:
+    while shards < MAX_SHARDS and len(live.hashes) > shards * entries_per_shard:
         shards *= 2
+    tables = {"entries": _entries_table(live), "extents": _extents_table(live, state.last_access(owners))}
+    last = live.hashes[np.cumsum(live.owners["counts"]) - 1]
+    in_shard = {"entries": _shard_of(live.hashes, shards), "extents": _shard_of(last, shards)}
     files: dict[str, bytes] = {}
     lines = []
-    tables = {"entries": _entries_table(live), "extents": _extents_table(live)}
-    keys = {
-        "entries": b"".join(extent.record.hashes for extent in live),
-        "extents": b"".join(extent.record.name.last_hash for extent in live),
-    }
-    owners = {kind: _shard_of(hashes, shards) for kind, hashes in keys.items()}
     for shard in range(shards):
         for kind, table in tables.items():
-            part = table if shards == 1 else table.filter(pa.array(owners[kind] == shard))
+            part = table if shards == 1 else table.filter(pa.array(in_shard[kind] == shard))
             sink = pa.BufferOutputStream()
-            pq.write_table(part, sink, compression="zstd", use_dictionary=False, store_schema=False)
+            pq.write_table(part, sink, use_dictionary=False, store_schema=False, **_HOW[kind])
             data = sink.getvalue().to_pybytes()
             file = file_name(shard, kind)
             files[file] = data
@@ -145,42 +158,103 @@ def decode_index(data: bytes, version: int, nonce: str) -> CheckpointIndex:
             raise _bad(f"segment {i} is not {file}")
         size_bytes = integer(item.get("bytes"), "bytes", low=1, high=MAX_SEGMENT_BYTES)
         rows = integer(item.get("rows"), "rows", high=MAX_ROWS)
+        if i % 2 == 0 and rows * HASH_BYTES > size_bytes:  # hashes do not compress: memory for them is bounded by bytes
+            raise _bad(f"{file}: {rows} entries cannot lie in {size_bytes} bytes")
         segments.append(Segment(file, size_bytes, item["xxh3"], rows))
     floor = integer(document.get("floor"), "floor", high=version)
     return CheckpointIndex(version, nonce, floor, lead or None, writer, tuple(segments))
 
 
+def load_checkpoint(
+    index: CheckpointIndex, fetch: Callable[[Segment], bytes], executor: Executor | None = None
+) -> State:
+    """The state of a checkpoint, `fetch` getting its segments; with an executor, several at once.
+
+    Extents come first and give every entry its place, so entries go there as they arrive. Raises `Unusable`, and what
+    `fetch` raises.
+    """
+    run = map if executor is None else executor.map
+    loading = _Loading(index, list(run(lambda one: _read(one, "extents", fetch(one)), index.segments[1::2])))
+    shards = enumerate(index.segments[0::2])
+    for _ in run(lambda item: loading.add(item[0], _read(item[1], "entries", fetch(item[1]))), shards):
+        pass
+    return loading.state()
+
+
 def decode_segments(index: CheckpointIndex, files: Mapping[str, bytes]) -> State:
     """The state of a checkpoint from all its segment files. Raises `Unusable`."""
-    tables: dict[str, list[Any]] = {"entries": [], "extents": []}
-    shards = len(index.segments) // 2
-    for i, segment in enumerate(index.segments):
-        kind = ("entries", "extents")[i % 2]
-        table = _read(segment, kind, files[segment.file])
-        column = table["prefix_hash"] if kind == "entries" else None
-        if column is not None and (_shard_of(_fixed(column), shards) != i // 2).any():
-            raise _bad(f"{segment.file}: an entry of another shard")
-        tables[kind].append(table)
-    live = _extents(index, pa.concat_tables(tables["extents"]), pa.concat_tables(tables["entries"]))
-    extents: dict[ExtentName, LiveExtent] = {}
-    chunks: dict[bytes, tuple[ChunkRef, ...]] = {}
-    for extent in live:
-        record = extent.record
-        if record.name in extents:
-            raise _bad(f"extent {record.name} occurs twice")
-        extents[record.name] = extent
-        for position, prefix_hash in enumerate(record.chunk_hashes()):
-            chunks[prefix_hash] = (*chunks.get(prefix_hash, ()), ChunkRef(prefix_hash, record, position))
-    return State(index.version, index.floor, index.lead, Map(extents), Map(chunks))
+    return load_checkpoint(index, lambda segment: files[segment.file])
+
+
+class _Loading:
+    """A checkpoint's extents in a table, their entries on the way. `add` may run in several threads at once."""
+
+    def __init__(self, index: CheckpointIndex, parts: Sequence[Any]) -> None:
+        self._index, self._lock = index, threading.Lock()
+        extents = pa.concat_tables(parts).sort_by("ordinal").combine_chunks()
+        columns, codecs, self._last = _owner_columns(extents)
+        self._accessed = extents["last_access"].to_numpy().astype(np.int64)
+        self._counts = columns["counts"]
+        self._widths = columns["stages"].astype(np.int64) * columns["head_groups"]
+        _check_owners(index, extents, columns, self._accessed, self._widths)
+        n_rows, n_cells = int(self._counts.sum()), int((self._counts * self._widths).sum())
+        if n_rows != sum(segment.rows for segment in index.segments[0::2]):
+            raise _bad("entries and extents do not match")
+        self.table = Table(n_rows, n_cells, len(self._counts))
+        self.table.reserve(n_rows, n_cells, len(self._counts))
+        self.table.set_owners(columns, codecs, slice(0, len(self._counts)), 0, 0)
+        self.table.n_rows, self.table.n_cells, self.table.n_owners = n_rows, n_cells, len(self._counts)
+        self.table.index_names()
+        self._filled = np.zeros(n_rows, bool)
+
+    def add(self, shard: int, entries: Any) -> None:
+        """One segment's entries, to their places."""
+        a, file = self.table.arrays, self._index.segments[2 * shard].file
+        hashes = _fixed(entries["prefix_hash"])
+        if (_shard_of(hashes, len(self._index.segments) // 2) != shard).any():
+            raise _bad(f"{file}: an entry of another shard")
+        owner = _plain(entries["extent"])
+        position = _plain(entries["position"])
+        if len(owner) and int(owner.max()) >= len(self._counts):
+            raise _bad("entries and extents do not match")
+        rows = a.owners.starts[owner] + position
+        if (position >= self._counts[owner]).any():
+            raise _bad("entries and extents do not match")
+        lengths, sums = (_lists(entries[name], self._widths[owner]) for name in ("lengths", "sums"))
+        a.rows.hashes[rows] = hashes
+        a.rows.owner[rows] = owner
+        if (self._widths == 1).all():
+            a.cells.lengths[rows], a.cells.sums[rows] = lengths, sums
+        else:
+            hash_index.place_cells(
+                a.owners.cells, self._counts, self._widths, owner, position.astype(np.int64),
+                lengths, sums, a.cells.lengths, a.cells.sums,
+            )  # fmt: skip
+        self._filled[rows] = True
+        ordered = rows if (rows[1:] > rows[:-1]).all() else np.sort(rows)
+        with self._lock:
+            self.table.index_rows(ordered)
+
+    def state(self) -> State:
+        """Once all entries are there. Each row was written by one of as many entries: none twice, none missing."""
+        index, a = self._index, self.table.arrays
+        if not self._filled.all():
+            raise _bad("entries and extents do not match")
+        ends = np.cumsum(self._counts)
+        if not np.array_equal(a.rows.hashes[ends - 1], self._last):
+            raise _bad("an extent's last entry has not the hash of its name")
+        return state_on(
+            self.table, index.version, index.floor, index.lead, self._accessed, len(self._counts), self.table.n_rows
+        )
 
 
 def file_name(shard: int, kind: str) -> str:
     return f"{shard:05d}.{kind}.parquet"
 
 
-def _shard_of(hashes: bytes, shards: int) -> np.ndarray:
-    """Shard number of each 16-byte hash: its top log2(shards) bits."""
-    top = np.frombuffer(hashes, dtype=">u4").reshape(-1, HASH_BYTES // 4)[:, 0].astype(np.uint64)
+def _shard_of(hashes: np.ndarray, shards: int) -> np.ndarray:
+    """Shard number of each hash (u64 [n, 2], its bytes): its top log2(shards) bits."""
+    top = np.ascontiguousarray(hashes).view(">u4").reshape(-1, HASH_BYTES // 4)[:, 0].astype(np.uint64)
     out: np.ndarray = top >> np.uint64(32 - (shards.bit_length() - 1))
     return out
 
@@ -189,49 +263,60 @@ def _digest(data: bytes) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
-def _entries_table(live: Sequence[LiveExtent]) -> Any:
+def _entries_table(live: Batch) -> Any:
     """Rows in order of first add, then position. lengths and sums: one per shard of the extent's grid."""
-    lengths, sums, counts, owners, positions = [], [], [], [], []
-    for ordinal, extent in enumerate(live):
-        record = extent.record
-        n, shards = record.n_chunks, record.grid.shards
-        lengths.append(np.frombuffer(record.lengths, "<u4").reshape(shards, n).T.ravel())
-        sums.append(np.frombuffer(record.sums, "<u8").reshape(shards, n).T.ravel())
-        counts.append(np.full(n, shards, np.int64))
-        owners.append(np.full(n, ordinal, np.uint32))
-        positions.append(np.arange(n, dtype=np.uint16))
-    offsets = np.concatenate([[0], np.cumsum(_joined(counts, np.int64))]).astype(np.int32)
-    hashes = b"".join(extent.record.hashes for extent in live)
-    rows = len(hashes) // HASH_BYTES
+    counts = live.owners["counts"]
+    widths = live.owners["stages"].astype(np.int64) * live.owners["head_groups"]
+    cells = counts * widths
+    firsts = np.cumsum(cells) - cells
+    lengths, sums = np.empty_like(live.lengths), np.empty_like(live.sums)
+    hash_index.to_entries(live.lengths, firsts, counts, widths, lengths)
+    hash_index.to_entries(live.sums, firsts, counts, widths, sums)
+    offsets = np.zeros(len(live.hashes) + 1, np.int64)
+    np.cumsum(np.repeat(widths, counts), out=offsets[1:])
+    if offsets[-1] > np.iinfo(np.int32).max:
+        raise Unusable(f"{offsets[-1]} cells are more than a checkpoint can hold", kind="oversized")
+    offsets = offsets.astype(np.int32)
+    begins = np.cumsum(counts) - counts
     columns = [
-        pa.Array.from_buffers(pa.binary(HASH_BYTES), rows, [None, pa.py_buffer(hashes)]),
-        pa.array(_joined(owners, np.uint32)),
-        pa.array(_joined(positions, np.uint16)),
-        pa.ListArray.from_arrays(pa.array(offsets), pa.array(_joined(lengths, np.uint32)), type=_type("lengths")),
-        pa.ListArray.from_arrays(pa.array(offsets), pa.array(_joined(sums, np.uint64)), type=_type("sums")),
+        pa.Array.from_buffers(pa.binary(HASH_BYTES), len(live.hashes), [None, pa.py_buffer(live.hashes)]),
+        pa.array(np.repeat(np.arange(len(counts), dtype=np.uint32), counts)),
+        pa.array((np.arange(len(live.hashes)) - np.repeat(begins, counts)).astype(np.uint16)),
+        pa.ListArray.from_arrays(pa.array(offsets), pa.array(lengths), type=_type("lengths")),
+        pa.ListArray.from_arrays(pa.array(offsets), pa.array(sums), type=_type("sums")),
     ]
     return pa.Table.from_arrays(columns, schema=ENTRIES_SCHEMA)
 
 
-def _extents_table(live: Sequence[LiveExtent]) -> Any:
-    rows = [
-        {
-            "ordinal": ordinal,
-            "name": str(extent.record.name),
-            "parent": extent.record.parent,
-            "first_token": extent.record.first_token,
-            "stages": extent.record.grid.stages,
-            "head_groups": extent.record.grid.head_groups,
-            "born": extent.record.name.born,
-            "codec": extent.record.name.codec,
-            "raw_bytes": extent.record.raw_bytes,
-            "created": extent.created,
-            "place": extent.place,
-            "last_access": extent.last_access,
-        }
-        for ordinal, extent in enumerate(live)
-    ]
-    return pa.Table.from_pylist(rows, schema=EXTENTS_SCHEMA)
+def _extents_table(live: Batch, last_access: np.ndarray) -> Any:
+    o, counts = live.owners, live.owners["counts"]
+    last = live.hashes[np.cumsum(counts) - 1]
+    name = pc.binary_join_element_wise(
+        _hex(last),
+        pc.cast(pa.array(counts), pa.string()),
+        pa.array(live.codecs, pa.string()),
+        pc.binary_join_element_wise(pc.cast(pa.array(o["born"]), pa.string()), _hex(o["nonces"]), "-"),
+        ".",
+    )
+    columns = {
+        "ordinal": pa.array(np.arange(len(counts), dtype=np.uint32)),
+        "name": name,
+        "parent": pa.Array.from_buffers(
+            pa.binary(HASH_BYTES), len(counts), [None, pa.py_buffer(np.ascontiguousarray(o["parents"]))]
+        ),
+        "codec": pa.array(live.codecs, pa.string()),
+        "last_access": pa.array(last_access.astype(np.uint64)),
+    }
+    for field in EXTENTS_SCHEMA:
+        if field.name not in columns:
+            columns[field.name] = pa.array(o[field.name].astype(field.type.to_pandas_dtype()))
+    return pa.Table.from_arrays([columns[field.name] for field in EXTENTS_SCHEMA], schema=EXTENTS_SCHEMA)
+
+
+def _hex(pairs: np.ndarray) -> Any:
+    """16-byte values (u64 [n, 2]) as a column of hex strings."""
+    digits = np.frombuffer(np.ascontiguousarray(pairs).tobytes().hex().encode(), f"S{2 * HASH_BYTES}")
+    return pa.array(digits.astype(f"U{2 * HASH_BYTES}"), pa.string())
 
 
 def _read(segment: Segment, kind: str, data: bytes) -> Any:
@@ -248,7 +333,7 @@ def _read(segment: Segment, kind: str, data: bytes) -> Any:
             raise _bad(f"{segment.file}: rows or sizes are not as stated")
         if not file.schema_arrow.equals(_SCHEMAS[kind]):
             raise _bad(f"{segment.file}: wrong schema")
-        table = file.read()
+        table = file.read(use_threads=False)
         table.validate(full=True)
     except (pa.ArrowException, OSError, ValueError) as e:
         raise _bad(f"{segment.file}: not readable as parquet: {e}"[:200]) from e
@@ -257,83 +342,107 @@ def _read(segment: Segment, kind: str, data: bytes) -> Any:
     return table
 
 
-def _extents(index: CheckpointIndex, extents: Any, entries: Any) -> list[LiveExtent]:
-    """All live extents in order of first add; every entry must belong to one, every chunk of one have an entry."""
-    rows = sorted(extents.to_pylist(), key=lambda row: row["ordinal"])
-    names = [name_of(row["name"]) for row in rows]
-    shards = np.array([row["stages"] * row["head_groups"] for row in rows], np.int64)
-    counts = np.array([name.n_chunks for name in names], np.int64)
-    if [row["ordinal"] for row in rows] != list(range(len(rows))):
-        raise _bad("ordinals are not 0, 1, 2, …")
-    owner = entries["extent"].to_numpy().astype(np.int64)
-    position = entries["position"].to_numpy().astype(np.int64)
-    order = np.lexsort((position, owner))
-    starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    if (
-        len(owner) != starts[-1]
-        or not np.array_equal(owner[order], np.repeat(np.arange(len(rows)), counts))
-        or not np.array_equal(position[order], np.arange(len(owner)) - np.repeat(starts[:-1], counts))
+_NAME = (
+    r"^(?P<last>[0-9a-f]{32})\.(?P<counts>[1-9][0-9]{0,8})\.(?P<codec>[a-z0-9_-]{1,64})"
+    r"\.(?P<born>0|[1-9][0-9]{0,18})-(?P<nonce>[0-9a-f]{32})$"
+)
+"""An extent's name, for all of them at once; `types.ExtentName` is what it says."""
+
+
+def _owner_columns(extents: Any) -> tuple[dict[str, np.ndarray], list[str], np.ndarray]:
+    """(columns for a `Table`, codecs, last hashes) of the extents table, sorted by ordinal. Names are parsed."""
+    parsed = pc.extract_regex(extents["name"].combine_chunks(), _NAME)
+    if parsed.null_count:
+        bad = str(extents["name"].filter(pc.is_null(parsed))[0])
+        raise _bad(f"{bad[:120]!r} is not an extent's name")
+    fields = {name: parsed.field(name) for name in ("last", "counts", "codec", "born", "nonce")}
+    try:
+        counts = pc.cast(fields["counts"], pa.int64()).to_numpy()
+        born = pc.cast(fields["born"], pa.int64()).to_numpy()
+        columns = {
+            "nonces": _unhex(fields["nonce"]),
+            "parents": _fixed(extents["parent"]),
+            "counts": counts,
+            "stages": _plain(extents["stages"]),
+            "head_groups": _plain(extents["head_groups"]),
+            "born": born,
+            "place": _plain(extents["place"]),
+        } | {name: _within_63_bits(extents[name]) for name in ("first_token", "raw_bytes", "created")}
+    except pa.ArrowException as e:
+        raise _bad(f"an extent's numbers are beyond 63 bits: {e}"[:200]) from e
+    if not np.array_equal(born, _within_63_bits(extents["born"])) or not extents["codec"].combine_chunks().equals(
+        fields["codec"]
     ):
-        raise _bad("entries and extents do not match")
-    entries = entries.take(pa.array(order)).combine_chunks()
-    hashes = _fixed(entries["prefix_hash"])
-    per_entry = np.repeat(shards, counts)
-    lengths = _lists(entries["lengths"], per_entry, "<u4")
-    sums = _lists(entries["sums"], per_entry, "<u8")
-    live: list[LiveExtent] = []
-    cell = 0
-    for i, row in enumerate(rows):
-        n, width = names[i].n_chunks, int(shards[i])
-        record = ExtentRecord(
-            name=names[i],
-            grid=Grid(row["stages"], row["head_groups"]),
-            parent=row["parent"],
-            first_token=row["first_token"],
-            hashes=hashes[HASH_BYTES * starts[i] : HASH_BYTES * starts[i + 1]],
-            lengths=lengths[cell : cell + n * width].reshape(n, width).T.tobytes(),
-            sums=sums[cell : cell + n * width].reshape(n, width).T.tobytes(),
-            raw_bytes=row["raw_bytes"],
-        )
-        cell += n * width
-        check_record(record)
-        extent = LiveExtent(record, row["created"], row["last_access"], row["place"])
-        _check_extent(index, row, extent, live[-1] if live else None)
-        live.append(extent)
-    return live
+        raise _bad("an extent's born or codec are not those of its name")
+    return columns, fields["codec"].to_pylist(), _unhex(fields["last"])
 
 
-def _check_extent(
-    index: CheckpointIndex, row: Mapping[str, Any], extent: LiveExtent, before: LiveExtent | None
+def _check_owners(
+    index: CheckpointIndex, extents: Any, columns: Mapping[str, np.ndarray], accessed: np.ndarray, widths: np.ndarray
 ) -> None:
-    name = extent.record.name
-    if row["born"] != name.born or row["codec"] != name.codec:
-        raise _bad(f"extent {name}: born or codec are not those of its name")
-    if not 1 <= extent.created <= extent.last_access <= index.version <= MAX_INTEGER:
-        raise _bad(f"extent {name}: created or last accessed at an impossible version")
-    if before is not None and before.order >= extent.order:
-        raise _bad(f"extent {name}: not in order of first add")
+    """The format's bounds, and what every state keeps: order of first add, versions that can be, names once."""
+    n, counts, created = len(widths), columns["counts"], columns["created"]
+    if not np.array_equal(_plain(extents["ordinal"]), np.arange(n)):
+        raise _bad("ordinals are not 0, 1, 2, …")
+    cells = counts * widths
+    if (
+        (columns["stages"] < 1).any()
+        or (columns["head_groups"] < 1).any()
+        or (columns["stages"] > MAX_CELLS).any()
+        or (columns["head_groups"] > MAX_CELLS).any()
+        or (counts > MAX_CHUNKS).any()
+        or (cells > MAX_CELLS).any()
+        or (columns["raw_bytes"] < 1).any()
+    ):
+        raise _bad("an extent is beyond the format's bounds")
+    if ((created < 1) | (created > accessed) | (accessed > index.version)).any():
+        raise _bad("an extent was created or last accessed at an impossible version")
+    ahead = (created[1:] > created[:-1]) | (
+        (created[1:] == created[:-1]) & (columns["place"][1:] > columns["place"][:-1])
+    )
+    if not ahead.all():
+        raise _bad("extents are not in order of first add")
+    names = extents["name"].combine_chunks()
+    if len(names.unique()) != n:
+        raise _bad("an extent occurs twice")
 
 
-def _fixed(column: Any) -> bytes:
-    """The bytes of a fixed-size binary column, end to end."""
-    return b"".join(
-        chunk.buffers()[1].slice(chunk.offset * HASH_BYTES, len(chunk) * HASH_BYTES).to_pybytes()
+def _within_63_bits(column: Any) -> np.ndarray:
+    values = _plain(column)
+    if len(values) and int(values.max()) > MAX_INTEGER:
+        raise _bad("a number beyond 63 bits")
+    return values.astype(np.int64)
+
+
+def _plain(column: Any) -> np.ndarray:
+    """A column of integers, as one array."""
+    out: np.ndarray = column.combine_chunks().to_numpy()
+    return out
+
+
+def _fixed(column: Any) -> np.ndarray:
+    """A column of 16-byte values as u64 [n, 2]: their bytes."""
+    parts = [
+        np.frombuffer(chunk.buffers()[1], np.uint64, 2 * len(chunk), HASH_BYTES * chunk.offset).reshape(-1, 2)
         for chunk in column.chunks
         if len(chunk)
-    )
+    ]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty((0, 2), np.uint64)])
 
 
-def _lists(column: Any, widths: np.ndarray, dtype: str) -> np.ndarray:
+def _unhex(column: Any) -> np.ndarray:
+    """A column of 32 hex digits each as u64 [n, 2]: the bytes they say."""
+    text = "".join(column.to_pylist())
+    return np.frombuffer(bytes.fromhex(text), np.uint64).reshape(-1, 2)
+
+
+def _lists(column: Any, widths: np.ndarray) -> np.ndarray:
     """The flat values of a list column whose i-th list must be `widths[i]` long."""
-    found = np.concatenate([chunk.value_lengths().to_numpy() for chunk in column.chunks] or [np.empty(0, np.int32)])
-    if not np.array_equal(found, widths):
+    found = [chunk.value_lengths().to_numpy() for chunk in column.chunks]
+    if not np.array_equal(np.concatenate(found or [np.empty(0, np.int32)]), widths):
         raise _bad("an entry has not one length and one sum for each shard of its extent")
     parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
-    return _joined(parts, np.dtype(dtype))
-
-
-def _joined(parts: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
-    return np.concatenate(parts).astype(dtype, copy=False) if parts else np.empty(0, dtype)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.uint32)])
 
 
 def _type(column: str) -> Any:

@@ -202,7 +202,7 @@ class Index:
     def floor(self) -> int:
         return self._replica.state.floor
 
-    def match(self, hashes: Sequence[bytes]) -> list[ChunkRef]:
+    def match(self, hashes: Sequence[bytes]) -> Sequence[ChunkRef]:
         """The longest known run of chunks from the first hash (16 bytes each) on, without hidden extents."""
         return self._replica.match(hashes)
 

@@ -1,0 +1,206 @@
+"""An open-addressing table from 16-byte hashes to row numbers: what the index's replica looks chunks up in.
+
+`slots` (u32, a power of two of them) hold row + 1, 0 for empty. A row lies at the first free slot from its home on,
+home being the upper bits of `first half of the hash · seed`. Rows are inserted in ascending order among equal hashes
+and never taken out, so the oldest row of a hash comes first on the probe path. Callers keep the load below ¾, so every
+probe ends. `seed` (odd, random) keeps crafted hashes from sharing a home.
+
+A row is visible to a reader of version v if it is below the reader's `rows` and its owner's `removed_at` is above v.
+Writers only append rows and lower `removed_at` from "never" to a newer version, so readers of older versions need no
+lock.
+
+`match` and `find` keep the GIL: they take microseconds, and getting it back could take longer. Threads: any number of
+readers, one writer. Raises nothing. The readable form is a dict from hash to a list of rows; the tests compare.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from lmcache_s3.kernels.jit import kernel
+
+NEVER = np.iinfo(np.uint64).max
+"""`removed_at` of an owner that is live."""
+
+
+def shift_of(slots: np.ndarray) -> np.uint64:
+    """How far a 64-bit product is shifted down to be a slot number."""
+    return np.uint64(64 - (slots.size.bit_length() - 1))
+
+
+@kernel
+def insert(
+    slots: np.ndarray,
+    seed: np.uint64,
+    shift: np.uint64,
+    hashes: np.ndarray,
+    owner: np.ndarray,
+    starts: np.ndarray,
+    rows: np.ndarray,
+) -> np.int64:
+    """Insert `rows` (i64). hashes u64 [row, 2]; owner u32 [row]; starts i64 [owner]: an owner's first row.
+
+    Returns −1, or the owner that holds one hash twice (the table is then unusable).
+    """
+    mask = np.uint64(slots.size - 1)
+    for i in range(rows.size):
+        row = rows[i]
+        begin = starts[owner[row]]
+        at = (hashes[row, 0] * seed) >> shift
+        while slots[at] != 0:
+            other = np.int64(slots[at]) - 1
+            # Rows of one owner lie together: only they can lie between its first row and this one.
+            if begin <= other < row and hashes[other, 0] == hashes[row, 0] and hashes[other, 1] == hashes[row, 1]:
+                return np.int64(owner[row])
+            at = (at + np.uint64(1)) & mask
+        slots[at] = np.uint32(row + 1)
+    return np.int64(-1)
+
+
+@partial(kernel, nogil=False)
+def match(
+    slots: np.ndarray,
+    seed: np.uint64,
+    shift: np.uint64,
+    hashes: np.ndarray,
+    owner: np.ndarray,
+    removed_at: np.ndarray,
+    rows: int,
+    version: np.uint64,
+    hidden: np.ndarray,
+    keys: np.ndarray,
+    out: np.ndarray,
+) -> np.int64:
+    """Fill out[i] with the oldest visible row of keys[i] (u64 [n, 2]) up to the first that has none; how many have.
+
+    hidden: i64, owners that are passed over.
+    """
+    mask = np.uint64(slots.size - 1)
+    for i in range(keys.shape[0]):
+        at = (keys[i, 0] * seed) >> shift
+        found = np.int64(-1)
+        while slots[at] != 0:
+            row = np.int64(slots[at]) - 1
+            if row < rows and hashes[row, 0] == keys[i, 0] and hashes[row, 1] == keys[i, 1]:
+                who = np.int64(owner[row])
+                if removed_at[who] > version:
+                    seen = True
+                    for k in range(hidden.size):
+                        if hidden[k] == who:
+                            seen = False
+                    if seen:
+                        found = row
+                        break
+            at = (at + np.uint64(1)) & mask
+        if found < 0:
+            return np.int64(i)
+        out[i] = found
+    return np.int64(keys.shape[0])
+
+
+@partial(kernel, nogil=False)
+def find(
+    slots: np.ndarray,
+    seed: np.uint64,
+    shift: np.uint64,
+    hashes: np.ndarray,
+    owner: np.ndarray,
+    removed_at: np.ndarray,
+    rows: int,
+    version: np.uint64,
+    key: np.ndarray,
+    out: np.ndarray,
+) -> int:
+    """All visible rows of one hash (u64 [2]), oldest first, as many as `out` takes; how many there are."""
+    mask = np.uint64(slots.size - 1)
+    at = (key[0] * seed) >> shift
+    n = 0
+    while slots[at] != 0:
+        row = np.int64(slots[at]) - 1
+        if row < rows and hashes[row, 0] == key[0] and hashes[row, 1] == key[1] and removed_at[owner[row]] > version:
+            if n < out.size:
+                out[n] = row
+            n += 1
+        at = (at + np.uint64(1)) & mask
+    return n
+
+
+@kernel
+def resolve(
+    slots: np.ndarray,
+    seed: np.uint64,
+    shift: np.uint64,
+    hashes: np.ndarray,
+    owner: np.ndarray,
+    removed_at: np.ndarray,
+    rows: int,
+    version: np.uint64,
+    keys: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """out[i] = the oldest visible row of keys[i] (u64 [n, 2]), or −1. For bulk work: releases the GIL."""
+    mask = np.uint64(slots.size - 1)
+    for i in range(keys.shape[0]):
+        at = (keys[i, 0] * seed) >> shift
+        out[i] = -1
+        while slots[at] != 0:
+            row = np.int64(slots[at]) - 1
+            same = row < rows and hashes[row, 0] == keys[i, 0] and hashes[row, 1] == keys[i, 1]
+            if same and removed_at[owner[row]] > version:
+                out[i] = row
+                break
+            at = (at + np.uint64(1)) & mask
+
+
+@kernel
+def to_entries(values: np.ndarray, firsts: np.ndarray, counts: np.ndarray, widths: np.ndarray, out: np.ndarray) -> None:
+    """Reorder cells from an extent's order [shard][chunk] to that of entries, [chunk][shard].
+
+    Extent i has counts[i] chunks and widths[i] shards; its cells lie from firsts[i] on in `values`, and end to end in
+    `out`.
+    """
+    at = 0
+    for i in range(firsts.size):
+        n, w, base = counts[i], widths[i], firsts[i]
+        for j in range(n):
+            for s in range(w):
+                out[at] = values[base + s * n + j]
+                at += 1
+
+
+@kernel
+def place_cells(
+    cells: np.ndarray,
+    counts: np.ndarray,
+    widths: np.ndarray,
+    owner: np.ndarray,
+    position: np.ndarray,
+    lengths: np.ndarray,
+    sums: np.ndarray,
+    all_lengths: np.ndarray,
+    all_sums: np.ndarray,
+) -> None:
+    """Put entries' cells where their extents keep them, [shard][chunk] from cells[owner] on.
+
+    Entry i is chunk position[i] of owner[i]; it has widths[owner[i]] of `lengths` and `sums`, end to end.
+    """
+    at = 0
+    for i in range(owner.size):
+        o = owner[i]
+        base = cells[o] + position[i]
+        for s in range(widths[o]):
+            all_lengths[base + s * counts[o]] = lengths[at]
+            all_sums[base + s * counts[o]] = sums[at]
+            at += 1
+
+
+@kernel
+def sums_of(values: np.ndarray, firsts: np.ndarray, lengths: np.ndarray, out: np.ndarray) -> None:
+    """out[i] = the sum of values[firsts[i] : firsts[i] + lengths[i]]."""
+    for i in range(firsts.size):
+        total = np.int64(0)
+        for j in range(lengths[i]):
+            total += np.int64(values[firsts[i] + j])
+        out[i] = total
