@@ -135,8 +135,8 @@ class LogLimits:
 @dataclass(slots=True)
 class Log:
     """`writer`: ULID of this process. `sleep(seconds)`, `rng`, `nonce()` (32 hex digits), `clock()` (seconds, of any
-    beginning; only to measure rates) and `readers` (an executor for reading ahead while catching up; None: one GET after
-    another) are injected."""
+    beginning; only to measure rates) and `readers` (an executor for reading ahead while catching up; None: one GET
+    after another) are injected."""
 
     store: ObjectStore
     space_id: str
