@@ -10,9 +10,9 @@ clock, so nothing that holds here rests on one: time-outs fire at any moment. A 
 not; the requests a configuration names take effect late, or once more, at any later time (`late`, a budget). Policy is
 left open: GC removes any extent and raises the floor to any version, a leader takes the lead and steps down at whim.
 
-Smaller than life: a milestone each 2 versions (4,096), the fence is the first milestone above, or the second (the second), an
-extent is one object and holds chunks named by letters, a checkpoint is one segment and its index. LIST is atomic; GET
-of the fence and loading the checkpoint are one step (opening is two). Steps without a request join the one before.
+Smaller than life: a milestone each 2 versions (4,096), the fence is the first milestone above, mostly (the second), an
+extent is one object and holds chunks named by letters, a checkpoint is a segment and its index. LIST is atomic; GET of
+the fence and loading the checkpoint are one step (opening is two). Steps without a request join the one before.
 
 Invariants
   I1 prefix      a replica's confirmed state is a prefix of the history
@@ -659,10 +659,11 @@ class Model:
             yield ("crashes",), at(s, i, p._replace(pc="ready", x=(left, 0, 0)))
         checkpoint = (m - 1) * _AUTHORS + _REBUILD
         if p.pc == "milestones":
-            missing = [k for k in range(MILESTONE, m + 1, MILESTONE) if not s.log[k]]
+            last = m - MILESTONE if self.bug == "rebuild_last_late" and not s.indexes >> checkpoint & 1 else m
+            missing = [k for k in range(MILESTONE, last + 1, MILESTONE) if not s.log[k]]
             if not missing or self.bug == "rebuild_no_milestones":
                 done = p._replace(pc="segment")
-                if self.bug == "rebuild_checkpoint_first":
+                if s.indexes >> checkpoint & 1:
                     done = p._replace(pc="ready", x=(left, 0, 0))
                 yield ("has every milestone",), at(s, i, done)
                 return
@@ -674,7 +675,7 @@ class Model:
         else:
             for t, _ in self.send(s, ("index", checkpoint, contents)):
                 q = p._replace(pc="ready", x=(left, 0, 0))
-                if self.bug == "rebuild_checkpoint_first":
+                if self.bug in ("rebuild_checkpoint_first", "rebuild_last_late"):
                     q = p._replace(pc="milestones")
                 yield ("puts index", m - 1, self._text(self.versions[contents])), at(t, i, q)
 
@@ -910,10 +911,11 @@ MUTANTS = {
     "access_revives": (Config(4, (A,), gcs=(1,), accessors=1), "an access makes a removed extent live again"),
     "rebuild_no_milestones": (_REBUILDS, "rebuild creates no milestones"),
     "rebuild_checkpoint_first": (_REBUILDS, "rebuild puts its checkpoint before the milestones"),
+    "rebuild_last_late": (_REBUILDS, "rebuild puts its checkpoint before the last of the milestones"),
     "rebuild_at_fence": (_REBUILDS, "rebuild goes on at the fence of the tip, not beyond it"),
     "rebuild_low_floor": (_REBUILDS, "rebuild starts with floor 0"),
     "rebuild_low_tip": (
-        Config(4, (A, B), readers=1, rebuilds=1, loss=True, lost=False),
+        Config(4, (("a", "b", "c"), B), rebuilds=1, loss=True, lost=False),
         "rebuild takes the newest checkpoint for the tip",
     ),
     "rebuild_not_offline": (
