@@ -1,4 +1,4 @@
-"""What lies under a root: its spaces, found without listing their extents, and their indexes opened to read.
+"""What lies under a root: its spaces, found without listing their extents, and their indexes opened to read or to tend.
 
 Costs one LIST and one GET a space. Raises the store's `Unavailable` and `Invalid`; a space that cannot be read is
 reported in its place, never raised.
@@ -6,12 +6,19 @@ reported in its place, never raised.
 
 from __future__ import annotations
 
+import random
+import secrets
+import time
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ulid import ULID
+
 from lmcache_s3.errors import Invalid, Unusable
 from lmcache_s3.identity import MAX_SPACE_JSON_BYTES, Space
+from lmcache_s3.index.log import Log
 from lmcache_s3.index.service import Index, IndexSettings
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.types import space_prefix
@@ -74,3 +81,28 @@ def reading(store: ObjectStore, space: Space) -> Iterator[Index]:
         yield index
     finally:
         index.close()
+
+
+def tending(store: ObjectStore, space: Space, executor: Executor | None = None) -> Log:
+    """The space's log, caught up, in the caller's thread: for collecting and for checkpoints. executor: reads ahead."""
+    log = Log(
+        store,
+        space.id,
+        writer=str(ULID()),
+        sleep=time.sleep,
+        rng=random.Random(secrets.randbits(64)),
+        nonce=lambda: secrets.token_hex(16),
+        readers=executor,
+    )
+    log.open()
+    return log
+
+
+def chosen_spaces(store: ObjectStore, start_of_id: str | None) -> list[Space]:
+    """The one space whose id begins so; None: all that can be read. Raises `Invalid` where there is none."""
+    if start_of_id is not None:
+        return [find_space(store, start_of_id)]
+    found = [entry.space for entry in list_spaces(store) if entry.space is not None]
+    if not found:
+        raise Invalid(f"{store.url}: nothing is cached here yet", kind="argument")
+    return found

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import typer
 
-from lmcache_s3.analysis.catalog import FoundSpace, list_spaces, reading
+from lmcache_s3.analysis.catalog import FoundSpace, find_space, list_spaces, reading
 from lmcache_s3.cli.common import Cli, size_text, table
+from lmcache_s3.cli.units import moment_s, time_text
+from lmcache_s3.errors import Invalid
+from lmcache_s3.index import history
 from lmcache_s3.index.manifest import LiveExtent
 from lmcache_s3.types import extent_prefix
 
 
-def ls(cli: Cli, extents: Annotated[bool, typer.Option("--extents", help="List every extent.")] = False) -> None:
+def ls(
+    cli: Cli,
+    extents: Annotated[bool, typer.Option("--extents", help="List every extent.")] = False,
+    space: Annotated[str | None, typer.Option(help="Only this space (its id or the start of it).")] = None,
+    as_of: Annotated[
+        str | None, typer.Option(help="As it was: a version, 2026-11-24T10:00, or 2h for two hours ago.")
+    ] = None,
+) -> None:
     """List the spaces (one per model and way of storing its KV), or with --extents every array in them."""
     spaces: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
+    wanted = None if space is None else find_space(cli.store, space)
     for entry in list_spaces(cli.store):
-        summary, live = _summary(cli, entry)
+        if wanted is not None and entry.space != wanted:
+            continue
+        summary, live = _summary(cli, entry, as_of)
         spaces.append(summary)
         if extents and entry.space is not None:
             lines += [extent_row(cli, entry, one) for one in live]
@@ -31,13 +46,18 @@ def ls(cli: Cli, extents: Annotated[bool, typer.Option("--extents", help="List e
         cli.emit(document, f"{cli.store.url}: nothing cached yet")
 
 
-def _summary(cli: Cli, entry: FoundSpace) -> tuple[dict[str, Any], list[LiveExtent]]:
+def _summary(cli: Cli, entry: FoundSpace, as_of: str | None) -> tuple[dict[str, Any], list[LiveExtent]]:
     if entry.space is None:
         return {"space": entry.id, "problem": entry.problem}, []
-    with reading(cli.store, entry.space) as index:
-        live = sorted(index.extents(), key=lambda one: one.order)
-        version = index.version
     space = entry.space
+    if as_of is None:
+        with reading(cli.store, space) as index:
+            live = list(index.extents())
+            version = index.version
+    else:
+        with ThreadPoolExecutor(cli.settings.io_threads, "lmcache-s3-read") as readers:
+            state = history.as_of(cli.store, space.id, _version(cli, space.id, as_of), readers=readers)
+        live, version = list(state.in_order()), state.version
     return {
         "space": space.id,
         "model": space.model,
@@ -50,6 +70,22 @@ def _summary(cli: Cli, entry: FoundSpace) -> tuple[dict[str, Any], list[LiveExte
         "encoded_bytes": sum(one.record.encoded_bytes for one in live),
         "version": version,
     }, live
+
+
+def _version(cli: Cli, space_id: str, as_of: str) -> int:
+    """The version that is meant."""
+    if as_of.isdecimal():
+        return int(as_of)
+    at_s = moment_s(as_of, time.time)
+    versions = history.list_versions(cli.store, space_id)
+    version = versions.newest_at(at_s)
+    if version == 0 and len(versions.numbers) and versions.numbers[0] > 1:
+        raise Invalid(
+            f"space {space_id[:16]}: nothing that old is kept; the oldest version is {versions.numbers[0]}, of "
+            f"{time_text(float(versions.times_s[0]))}",
+            kind="argument",
+        )
+    return version
 
 
 def extent_row(cli: Cli, entry: FoundSpace, live: LiveExtent) -> dict[str, Any]:

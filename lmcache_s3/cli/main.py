@@ -8,13 +8,17 @@ from typing import Annotated
 import typer
 
 from lmcache_s3.cli.bench import bench
+from lmcache_s3.cli.checkpoint import checkpoint
 from lmcache_s3.cli.common import command
 from lmcache_s3.cli.doctor import doctor
 from lmcache_s3.cli.du import du
 from lmcache_s3.cli.explain import explain
+from lmcache_s3.cli.gc import gc
 from lmcache_s3.cli.info import info
 from lmcache_s3.cli.init import init
+from lmcache_s3.cli.log import log
 from lmcache_s3.cli.ls import ls
+from lmcache_s3.cli.rebuild import rebuild
 from lmcache_s3.cli.verify import verify
 from lmcache_s3.extent import package_version
 
@@ -33,7 +37,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
-for _function in (init, ls, info, du, verify, explain, doctor):
+for _function in (init, ls, info, du, log, verify, explain, doctor, gc, checkpoint, rebuild):
     app.command()(command(_function))
 app.command()(bench)
 

@@ -30,7 +30,7 @@ from lmcache_s3.index.manifest import (
     parse_checkpoint_key,
     segments_prefix,
 )
-from lmcache_s3.index.segments import MAX_INDEX_BYTES, decode_index, decode_segments
+from lmcache_s3.index.segments import MAX_INDEX_BYTES, decode_index, load_checkpoint
 from lmcache_s3.tiers.stores.base import ObjectStore
 
 _T = TypeVar("_T")
@@ -144,8 +144,7 @@ def _load(store: ObjectStore, space_id: str, version: int, nonce: str, readers: 
         store.get(checkpoint_key(space_id, version, nonce), limit_bytes=MAX_INDEX_BYTES), version, nonce
     )
     prefix = segments_prefix(space_id, version, nonce)
-    found = _each(readers, lambda s: store.get(prefix + s.file, limit_bytes=s.size_bytes), index.segments)
-    return decode_segments(index, {s.file: data for s, data in zip(index.segments, found, strict=True)})
+    return load_checkpoint(index, lambda s: store.get(prefix + s.file, limit_bytes=s.size_bytes), readers)
 
 
 def _replay(

@@ -91,8 +91,8 @@ def rebuild(
     progress: Callable[[int], object] = lambda _: None,
     dry_run: bool = False,
 ) -> RebuildReport:
-    """See the module. writer: ULID of this process. nonce: of the checkpoint, 32 hex digits. progress: called 256 times,
-    with the number of whole extents among each 256th of the names, from any thread."""
+    """See the module. writer: ULID of this process. nonce: of the checkpoint, 32 hex digits. progress: called 256 times
+    from any thread, with the number of whole extents among each 256th of the names."""
     report = RebuildReport(dry_run)
     records = _read_all(store, space, report, executor, progress)
     missing = _plan(store, space.id, records, milestone, report)
