@@ -185,7 +185,7 @@ class Cache:
             array[:, layers.start : layers.stop, chunk * n : (chunk + 1) * n, heads.start : heads.stop] = cell
 
         def done(report: LoadReport) -> Retrieved:
-            self._note(report)
+            self._note(match, report)
             tokens = report.loaded_chunks * n
             return Retrieved(array[:, :, :tokens], tokens, report)
 
@@ -195,7 +195,7 @@ class Cache:
         """Bring a match into a tier; done when it is there."""
 
         def done(report: LoadReport) -> LoadReport:
-            self._note(report)
+            self._note(match, report)
             return report
 
         return self.transfer.prefetch(match.chunks, tier, deadline_s=deadline_s).then(done)
@@ -230,8 +230,9 @@ class Cache:
         seconds = self.settings.store_deadline_s if deadline_s is None else deadline_s
         return self._storer.store(root, hashes, known, array, deadline_s=seconds)
 
-    def _note(self, report: LoadReport) -> None:
-        """Unusable bytes are an extent's fault; an unavailable store is not."""
+    def _note(self, match: Match, report: LoadReport) -> None:
+        """What was loaded was hit. Unusable bytes are an extent's fault; an unavailable store is not."""
+        self.index.touch({chunk.extent.name for chunk in match.chunks[: report.loaded_chunks]})
         for name, why in {name: str(error) for _, name, error in report.failed if isinstance(error, Unusable)}.items():
             self.damage.report(name, why)
 

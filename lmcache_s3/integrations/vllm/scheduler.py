@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -59,9 +59,11 @@ class _Tracked:
     blocks: list[int] = field(default_factory=list)
     next_chunk: int = 0
     growing: _Growing | None = None
-    match: list[ChunkRef] = field(default_factory=list)
+    match: Sequence[ChunkRef] = ()
     local_tokens: int = 0
     may_match: bool = True
+    loading: frozenset[ExtentName] = frozenset()
+    """Extents of the load ordered last; `pins` holds them until it ends."""
     pins: Any = None
 
 
@@ -169,7 +171,8 @@ class SchedulerRole:
             self._orders.fail.append(request.request_id)
             tracked.may_match = False
             return
-        tracked.pins = cache.index.pin({ref.extent.name for ref in chunks})
+        tracked.loading = frozenset(ref.extent.name for ref in chunks)
+        tracked.pins = cache.index.pin(tracked.loading)
         tracked.pins.__enter__()
         self._go_on_at(tracked, max(tracked.next_chunk, len(tracked.match)))
         self._orders.loads.append(LoadOrder(request.request_id, chunks, first * chunk_tokens, start, end, tuple(ids)))
@@ -211,6 +214,8 @@ class SchedulerRole:
         cache = self._cache
         if tracked is None or cache is None:
             return
+        if tracked.pins is not None:  # scheduled, so its load is whole: a failed one was unpinned when it was reported
+            cache.index.touch(tracked.loading)
         self._unpin(tracked)
         tracked.blocks = list(ids) if fresh else tracked.blocks + list(ids)
         request = tracked.request
