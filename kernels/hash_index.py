@@ -171,29 +171,45 @@ def to_entries(values: np.ndarray, firsts: np.ndarray, counts: np.ndarray, width
 
 
 @kernel
-def place_cells(
-    cells: np.ndarray,
-    counts: np.ndarray,
-    widths: np.ndarray,
+def place_entries(
+    hashes: np.ndarray,
     owner: np.ndarray,
     position: np.ndarray,
+    offsets: np.ndarray,
     lengths: np.ndarray,
     sums: np.ndarray,
+    starts: np.ndarray,
+    counts: np.ndarray,
+    widths: np.ndarray,
+    cells: np.ndarray,
+    all_hashes: np.ndarray,
     all_lengths: np.ndarray,
     all_sums: np.ndarray,
-) -> None:
-    """Put entries' cells where their extents keep them, [shard][chunk] from cells[owner] on.
+    filled: np.ndarray,
+    rows: np.ndarray,
+) -> np.int64:
+    """Put entries where their extents keep them; rows[i] says where entry i went. Cells turn to [shard][chunk].
 
-    Entry i is chunk position[i] of owner[i]; it has widths[owner[i]] of `lengths` and `sums`, end to end.
+    Entry i is chunk position[i] of owner[i] and has `lengths` and `sums` offsets[i] … offsets[i + 1] − 1, one a shard.
+    starts, counts, widths, cells: by owner, its first row, rows, shards and first cell. Returns −1, or the first entry
+    that has no such place, lies not behind the one before, or has not widths[owner[i]] cells; none after it is placed.
     """
-    at = 0
+    before = np.int64(-1)
     for i in range(owner.size):
-        o = owner[i]
-        base = cells[o] + position[i]
-        for s in range(widths[o]):
-            all_lengths[base + s * counts[o]] = lengths[at]
-            all_sums[base + s * counts[o]] = sums[at]
-            at += 1
+        o, p = np.int64(owner[i]), np.int64(position[i])
+        if o >= counts.size or p >= counts[o]:
+            return np.int64(i)
+        row, first, width = starts[o] + p, np.int64(offsets[i]), widths[o]
+        if row <= before or np.int64(offsets[i + 1]) - first != width:
+            return np.int64(i)
+        before = rows[i] = row
+        all_hashes[row, 0], all_hashes[row, 1] = hashes[i, 0], hashes[i, 1]
+        filled[row] = True
+        base = cells[o] + p
+        for s in range(width):
+            all_lengths[base + s * counts[o]] = lengths[first + s]
+            all_sums[base + s * counts[o]] = sums[first + s]
+    return np.int64(-1)
 
 
 @kernel

@@ -11,6 +11,7 @@ sizes and row counts are checked before they are believed.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -27,10 +28,10 @@ from lmcache_s3.errors import Unusable
 from lmcache_s3.index.delta import MAX_CELLS, MAX_CHUNKS, MAX_INTEGER, check_format, integer, load_json
 from lmcache_s3.index.manifest import State, state_on
 from lmcache_s3.index.table import Batch, Table, gathered
-from lmcache_s3.kernels import hash_index
+from lmcache_s3.kernels import extent_names, hash_index
 from lmcache_s3.types import FORMAT_VERSION, HASH_BYTES
 
-ENTRIES_PER_SHARD = 2**18
+ENTRIES_PER_SHARD = 2**20
 MAX_SHARDS = 2**12
 MAX_INDEX_BYTES = 4 * 2**20
 MAX_SEGMENT_BYTES = 2**30
@@ -193,7 +194,7 @@ class _Loading:
         self._index, self._lock = index, threading.Lock()
         extents = pa.concat_tables(parts).sort_by("ordinal").combine_chunks()
         columns, codecs, self._last = _owner_columns(extents)
-        self._accessed = extents["last_access"].to_numpy().astype(np.int64)
+        self._accessed = _within_63_bits(extents["last_access"])
         self._counts = columns["counts"]
         self._widths = columns["stages"].astype(np.int64) * columns["head_groups"]
         _check_owners(index, extents, columns, self._accessed, self._widths)
@@ -204,6 +205,9 @@ class _Loading:
         self.table.reserve(n_rows, n_cells, len(self._counts))
         self.table.set_owners(columns, codecs, slice(0, len(self._counts)), 0, 0)
         self.table.n_rows, self.table.n_cells, self.table.n_owners = n_rows, n_cells, len(self._counts)
+        self.table.arrays.rows.owner[:n_rows] = np.repeat(
+            self.table.arrays.owners.itself[: len(self._counts)], self._counts
+        )
         self.table.index_names()
         self._filled = np.zeros(n_rows, bool)
 
@@ -213,27 +217,20 @@ class _Loading:
         hashes = _fixed(entries["prefix_hash"])
         if (_shard_of(hashes, len(self._index.segments) // 2) != shard).any():
             raise _bad(f"{file}: an entry of another shard")
-        owner = _plain(entries["extent"])
-        position = _plain(entries["position"])
-        if len(owner) and int(owner.max()) >= len(self._counts):
-            raise _bad("entries and extents do not match")
-        rows = a.owners.starts[owner] + position
-        if (position >= self._counts[owner]).any():
-            raise _bad("entries and extents do not match")
-        lengths, sums = (_lists(entries[name], self._widths[owner]) for name in ("lengths", "sums"))
-        a.rows.hashes[rows] = hashes
-        a.rows.owner[rows] = owner
-        if (self._widths == 1).all():
-            a.cells.lengths[rows], a.cells.sums[rows] = lengths, sums
-        else:
-            hash_index.place_cells(
-                a.owners.cells, self._counts, self._widths, owner, position.astype(np.int64),
-                lengths, sums, a.cells.lengths, a.cells.sums,
-            )  # fmt: skip
-        self._filled[rows] = True
-        ordered = rows if (rows[1:] > rows[:-1]).all() else np.sort(rows)
+        rows = np.empty(len(hashes), np.int64)
+        lengths, sums = (entries[name].combine_chunks() for name in ("lengths", "sums"))
+        if not lengths.offsets.equals(sums.offsets):
+            raise _bad(f"{file}: an entry has more lengths than sums, or fewer")
+        bad = hash_index.place_entries(
+            hashes, _plain(entries["extent"]), _plain(entries["position"]),
+            lengths.offsets.to_numpy(), lengths.values.to_numpy(), sums.values.to_numpy(),
+            a.owners.starts, self._counts, self._widths, a.owners.cells,
+            a.rows.hashes, a.cells.lengths, a.cells.sums, self._filled, rows,
+        )  # fmt: skip
+        if bad >= 0:
+            raise _bad(f"{file}: entry {bad} is not of its extent, out of order, or has not one cell for each shard")
         with self._lock:
-            self.table.index_rows(ordered)
+            self.table.index_rows(rows)
 
     def state(self) -> State:
         """Once all entries are there. Each row was written by one of as many entries: none twice, none missing."""
@@ -342,39 +339,42 @@ def _read(segment: Segment, kind: str, data: bytes) -> Any:
     return table
 
 
-_NAME = (
-    r"^(?P<last>[0-9a-f]{32})\.(?P<counts>[1-9][0-9]{0,8})\.(?P<codec>[a-z0-9_-]{1,64})"
-    r"\.(?P<born>0|[1-9][0-9]{0,18})-(?P<nonce>[0-9a-f]{32})$"
-)
-"""An extent's name, for all of them at once; `types.ExtentName` is what it says."""
+_CODEC = re.compile(r"[a-z0-9_-]{1,64}", re.ASCII)
 
 
 def _owner_columns(extents: Any) -> tuple[dict[str, np.ndarray], list[str], np.ndarray]:
     """(columns for a `Table`, codecs, last hashes) of the extents table, sorted by ordinal. Names are parsed."""
-    parsed = pc.extract_regex(extents["name"].combine_chunks(), _NAME)
-    if parsed.null_count:
-        bad = str(extents["name"].filter(pc.is_null(parsed))[0])
-        raise _bad(f"{bad[:120]!r} is not an extent's name")
-    fields = {name: parsed.field(name) for name in ("last", "counts", "codec", "born", "nonce")}
-    try:
-        counts = pc.cast(fields["counts"], pa.int64()).to_numpy()
-        born = pc.cast(fields["born"], pa.int64()).to_numpy()
-        columns = {
-            "nonces": _unhex(fields["nonce"]),
-            "parents": _fixed(extents["parent"]),
-            "counts": counts,
-            "stages": _plain(extents["stages"]),
-            "head_groups": _plain(extents["head_groups"]),
-            "born": born,
-            "place": _plain(extents["place"]),
-        } | {name: _within_63_bits(extents[name]) for name in ("first_token", "raw_bytes", "created")}
-    except pa.ArrowException as e:
-        raise _bad(f"an extent's numbers are beyond 63 bits: {e}"[:200]) from e
-    if not np.array_equal(born, _within_63_bits(extents["born"])) or not extents["codec"].combine_chunks().equals(
-        fields["codec"]
-    ):
-        raise _bad("an extent's born or codec are not those of its name")
-    return columns, fields["codec"].to_pylist(), _unhex(fields["last"])
+    n = extents.num_rows
+    last, nonces = np.empty((n, HASH_BYTES), np.uint8), np.empty((n, HASH_BYTES), np.uint8)
+    counts, born = np.empty(n, np.int64), np.empty(n, np.int64)
+    codecs = extents["codec"].combine_chunks()
+    bad = extent_names.parse(
+        *_text(extents["name"].combine_chunks()), *_text(codecs), MAX_CHUNKS, MAX_INTEGER, last, counts, born, nonces
+    )
+    if bad >= 0:
+        raise _bad(f"{str(extents['name'][int(bad)])[:120]!r} is not an extent's name, or of another codec")
+    known = codecs.dictionary_encode()
+    if not all(_CODEC.fullmatch(codec) for codec in known.dictionary.to_pylist()):
+        raise _bad("a codec's name has other characters than a-z, 0-9, _ and -, or too many")
+    columns = {
+        "nonces": nonces.view(np.uint64),
+        "parents": _fixed(extents["parent"]),
+        "counts": counts,
+        "stages": _plain(extents["stages"]),
+        "head_groups": _plain(extents["head_groups"]),
+        "born": born,
+        "place": _plain(extents["place"]),
+    } | {name: _within_63_bits(extents[name]) for name in ("first_token", "raw_bytes", "created")}
+    if not np.array_equal(born, _within_63_bits(extents["born"])):
+        raise _bad("an extent's born is not that of its name")
+    return columns, codecs.to_pylist(), last.view(np.uint64)
+
+
+def _text(column: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(u8, i32 [n + 1]) of a string column in one piece: its bytes and where each string lies in them."""
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, np.int32, len(column) + 1, 4 * column.offset) if offsets else np.zeros(1, np.int32)
+    return np.frombuffer(data or b"", np.uint8), bounds
 
 
 def _check_owners(
@@ -428,21 +428,6 @@ def _fixed(column: Any) -> np.ndarray:
         if len(chunk)
     ]
     return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty((0, 2), np.uint64)])
-
-
-def _unhex(column: Any) -> np.ndarray:
-    """A column of 32 hex digits each as u64 [n, 2]: the bytes they say."""
-    text = "".join(column.to_pylist())
-    return np.frombuffer(bytes.fromhex(text), np.uint64).reshape(-1, 2)
-
-
-def _lists(column: Any, widths: np.ndarray) -> np.ndarray:
-    """The flat values of a list column whose i-th list must be `widths[i]` long."""
-    found = [chunk.value_lengths().to_numpy() for chunk in column.chunks]
-    if not np.array_equal(np.concatenate(found or [np.empty(0, np.int32)]), widths):
-        raise _bad("an entry has not one length and one sum for each shard of its extent")
-    parts = [chunk.flatten().to_numpy() for chunk in column.chunks]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.uint32)])
 
 
 def _type(column: str) -> Any:
