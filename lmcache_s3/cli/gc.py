@@ -15,7 +15,6 @@ from lmcache_s3.cli.units import size_bytes, span_s, time_text
 from lmcache_s3.errors import Invalid
 from lmcache_s3.identity import Space
 from lmcache_s3.index.gc import GRACE_S, HISTORY_S, Collector, GcReport, GcSettings
-from lmcache_s3.index.inbox import Inbox
 from lmcache_s3.index.policy import Why
 from lmcache_s3.index.probe import probe
 
@@ -78,8 +77,7 @@ def _tenant(text: str) -> tuple[str, int]:
 
 def _collect(cli: Cli, space: Space, settings: GcSettings, executor: ThreadPoolExecutor, dry_run: bool) -> GcReport:
     log = tending(cli.store, space, executor)
-    merge = Inbox(log, executor).merge
-    return Collector(log, settings, merge=lambda _: merge(), executor=executor).run(dry_run=dry_run)
+    return Collector(log, settings, executor=executor).run(dry_run=dry_run)
 
 
 def _document(space: Space, report: GcReport) -> dict[str, Any]:

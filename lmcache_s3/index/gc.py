@@ -32,6 +32,7 @@ from lmcache_s3.errors import Conflict, Invalid, LMCacheS3Error, Missing, Unavai
 from lmcache_s3.identity import root_hash
 from lmcache_s3.index.delta import MAX_INTEGER, Delta, encode_delta
 from lmcache_s3.index.history import Versions, list_versions
+from lmcache_s3.index.inbox import Inbox
 from lmcache_s3.index.log import Log
 from lmcache_s3.index.manifest import (
     State,
@@ -143,8 +144,7 @@ class Checkpoint:
 class Collector:
     """See the module. Uses the log's store, sleep, randomness and nonces; one thread at a time may use the log.
 
-    merge: merges what writers handed over, as a leader would, and returns when a confirmed state judges it; None:
-    nobody hands over. executor: makes requests in parallel; None: one after another.
+    executor: makes requests in parallel; None: one after another.
     """
 
     def __init__(
@@ -152,10 +152,9 @@ class Collector:
         log: Log,
         settings: GcSettings = GcSettings(),
         *,
-        merge: Callable[[Log], object] | None = None,
         executor: Executor | None = None,
     ) -> None:
-        self.log, self.settings, self.merge, self.executor = log, settings, merge, executor
+        self.log, self.settings, self.executor = log, settings, executor
         self.store, self.space_id = log.store, log.space_id
         self._lock = threading.Lock()
         """Guards the report while requests run in parallel."""
@@ -163,11 +162,11 @@ class Collector:
     def run(self, *, dry_run: bool = False) -> GcReport:
         """One round."""
         report = GcReport(dry_run)
-        self.log.sync()
-        if self.merge is not None and not dry_run:
-            self.merge(self.log)
-        versions = list_versions(self.store, self.space_id, upto=self.log.state.version)
         report.now_s = self._now_s()
+        self.log.sync()
+        if not dry_run:
+            self._merge(report.now_s)
+        versions = list_versions(self.store, self.space_id, upto=self.log.state.version)
         floor, waiting = self._remove(versions, report)
         state = self.log.state
         report.version, report.floor = state.version, max(floor, state.floor) if dry_run else state.floor
@@ -177,7 +176,11 @@ class Collector:
             self.log.checkpoint_if_due()
         return report
 
-    # ---- step 2: out of the index ------------------------------------------------------------------------------------
+    # ---- steps 1 and 2: out of the index ---------------------------------------------------------------------------
+
+    def _merge(self, now_s: float) -> None:
+        """What writers handed over comes into the index, as a leader would see to it, before it can become void."""
+        Inbox(self.log, self.executor).merge(newest_s=now_s)
 
     def _now_s(self) -> float:
         """The store's time: Last-Modified of an object written just now."""

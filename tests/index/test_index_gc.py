@@ -16,7 +16,7 @@ from lmcache_s3.index.delta import Delta, encode_delta
 from lmcache_s3.index.gc import Collector, GcReport, GcSettings
 from lmcache_s3.index.history import as_of
 from lmcache_s3.index.log import Log, LogLimits
-from lmcache_s3.index.manifest import Verdict, checkpoint_key, checkpoints_prefix, log_key, segments_prefix
+from lmcache_s3.index.manifest import Verdict, checkpoint_key, checkpoints_prefix, inbox_key, log_key, segments_prefix
 from lmcache_s3.index.policy import Why
 from lmcache_s3.testing.clocked import ClockedStore
 from lmcache_s3.testing.faults import Fault, FaultyStore
@@ -244,7 +244,7 @@ def test_nothing_to_do_makes_no_version(store: ClockedStore, log: Log) -> None:
     store.counts.clear()
     collect(log)
     assert log.state.version == 1
-    assert store.counts == {"list": 1 + 1 + 256 + 1, "get": 1, "put": 1, "delete": 1}
+    assert store.counts == {"list": 1 + 1 + 1 + 256 + 1, "get": 1, "put": 1, "delete": 1}
 
 
 def test_a_dry_run_says_what_the_round_then_does(store: ClockedStore, log: Log) -> None:
@@ -311,11 +311,16 @@ def test_requests_run_in_parallel_and_all_end_before_an_error(store: ClockedStor
 def test_what_was_handed_over_is_merged_first(store: ClockedStore, log: Log) -> None:
     record = make_record(0)
     upload(store, record)
+    key = inbox_key(SPACE_ID, ULID)
+    store.put(key, encode_delta(Delta(ULID, add=(record,))))
+    stored(log)
     store.now_s += 2 * HOUR_S
-    Collector(log, GcSettings(), merge=lambda log: log.commit([record])).run()
-    store.now_s += 2 * HOUR_S
+    assert collect(log, dry_run=True).objects == {"extent": 2}
+    assert key in store.objects, "a dry run merges nothing"
     collect(log)
-    assert set(log.state.extents) == extents_there(store) == {record.name}
+    assert key not in store.objects
+    assert record.name in log.state.extents
+    assert record.name in extents_there(store)
 
 
 @pytest.mark.parametrize(
