@@ -44,6 +44,8 @@ class Access:
         self._max_names, self._names_per_delta = max_names, names_per_delta
         self._lock = threading.Lock()
         self._touched: set[ExtentName] = set()
+        self._since_s = clock()
+        """When the first of them was."""
         self._seen: deque[tuple[float, int]] = deque()
         self._next_s = clock() + rng.uniform(0.0, interval_s)
         self.dropped = 0
@@ -52,6 +54,8 @@ class Access:
     def touch(self, names: Iterable[ExtentName]) -> None:
         """These were loaded just now."""
         with self._lock:
+            if not self._touched:
+                self._since_s = self._clock()
             for name in names:
                 if len(self._touched) < self._max_names:
                     self._touched.add(name)
@@ -74,7 +78,7 @@ class Access:
     @property
     def due_s(self) -> float | None:
         """When there is something to publish, by the clock; None: nothing was hit."""
-        return self._next_s if self._touched else None
+        return max(self._next_s, self._since_s) if self._touched else None
 
     def take(self, state: State) -> tuple[ExtentName, ...]:
         """What is worth a delta by now, at most `names_per_delta` of it (then the rest stays due); forgets what it

@@ -21,7 +21,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from lmcache_s3.errors import Missing, Unusable
+from lmcache_s3.errors import Missing, Unavailable, Unusable
 from lmcache_s3.index.change import Change, Wanted, grouped, joined
 from lmcache_s3.index.log import Log
 from lmcache_s3.index.manifest import (
@@ -59,13 +59,16 @@ W = TypeVar("W", bound=Wanted)
 @dataclass(slots=True)
 class InboxCounters:
     """Events since start. merged: inbox objects of which a version made here carried something. deleted: inbox objects
-    deleted once judged. junk: objects found that are no delta. junk_deleted: of these deleted, being old."""
+    deleted once judged. junk: objects found that are no delta. junk_deleted: of these deleted, being old. unread,
+    undeleted: requests for single objects that failed, left for the next round."""
 
     rounds: int = 0
     merged: int = 0
     deleted: int = 0
     junk: int = 0
     junk_deleted: int = 0
+    unread: int = 0
+    undeleted: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,8 +114,7 @@ class Inbox:
         found = self._read(listed)
         arrived = sum(handed.key not in self._known for handed in found)
         self._known = {info.key for info in listed}
-        self._delete(old_junk)
-        self.counters.junk_deleted += len(old_junk)
+        self.counters.junk_deleted += self._delete(old_junk)
 
         judged, waiting = self._sorted(found)
         self._forget(judged)
@@ -146,22 +148,30 @@ class Inbox:
         return wanted, [info.key for info in junk if newest_s - info.modified_s > JUNK_AGE_S]
 
     def _read(self, listed: Sequence[ObjectInfo]) -> list[HandedOver]:
-        found = []
+        """What could be read. One slow or failed GET among hundreds must not stop the others; the first of all of them
+        failing is raised."""
+        found: list[HandedOver] = []
+        failed: list[Unavailable] = []
         for info, change in zip(listed, self._map(self._get, [info.key for info in listed]), strict=True):
             if isinstance(change, Unusable):
                 self._note_junk(info.key)
+            elif isinstance(change, Unavailable):
+                failed.append(change)
             elif change is not None:
                 found.append(HandedOver(info.key, change))
+        self.counters.unread += len(failed)
+        if failed and not found:
+            raise failed[0]
         return found
 
-    def _get(self, key: str) -> Change | Unusable | None:
+    def _get(self, key: str) -> Change | Unusable | Unavailable | None:
         """None: deleted since it was listed, by another who merges."""
         try:
             data = self.log.store.get(key, limit_bytes=MAX_VERSION_BYTES)
             return Change.of(decode_delta(data, MAX_INTEGER))
         except Missing:
             return None
-        except Unusable as e:
+        except (Unusable, Unavailable) as e:
             return e
 
     def _sorted(self, found: Iterable[HandedOver]) -> tuple[list[HandedOver], list[HandedOver]]:
@@ -181,12 +191,20 @@ class Inbox:
 
     def _forget(self, judged: Sequence[HandedOver]) -> None:
         """Delete what a confirmed state judged."""
-        self._delete([one.key for one in judged])
-        self.counters.deleted += len(judged)
+        self.counters.deleted += self._delete([one.key for one in judged])
 
-    def _delete(self, keys: Sequence[str]) -> None:
-        for _ in self._map(self.log.store.delete, keys):
-            pass
+    def _delete(self, keys: Sequence[str]) -> int:
+        """How many are gone. The others are found judged, and deleted, next time."""
+        gone = sum(self._map(self._is_deleted, keys))
+        self.counters.undeleted += len(keys) - gone
+        return gone
+
+    def _is_deleted(self, key: str) -> bool:
+        try:
+            self.log.store.delete(key)
+        except Unavailable:
+            return False
+        return True
 
     def _note_junk(self, key: str) -> None:
         if key not in self._junk:
@@ -347,7 +365,7 @@ class Leader:
     def _is_quiet(self, arrived: int) -> bool:
         now, since_s = self.clock(), self._since_s
         self._arrived.append((now, arrived))
-        while now - self._arrived[0][0] > STEP_DOWN_AFTER_S:
+        while now - self._arrived[0][0] >= STEP_DOWN_AFTER_S:
             self._arrived.popleft()
         handed_over = sum(n for _, n in self._arrived)
         return (
