@@ -1,22 +1,34 @@
 """`lmcache-s3 explain`: why did this prompt miss? First the space (is it the same model, stored the same way?), then
-the chunks (where does the prompt leave what is stored?). Reads the index only."""
+the chunks (where does the prompt leave what is stored, and what became of the rest?). Reads only: the index, and for
+chunks it does not hold the inbox, the kept versions and the names of objects."""
 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lmcache_s3.analysis.catalog import find_space, list_spaces, reading
+from lmcache_s3.analysis.catalog import find_space, list_spaces, tending
+from lmcache_s3.analysis.traces import Fate, Trace, covered_uploads, traces
 from lmcache_s3.cli.common import Cli, table
+from lmcache_s3.cli.units import time_text
 from lmcache_s3.codecs.registry import fidelity_class
 from lmcache_s3.errors import Invalid
 from lmcache_s3.identity import Space, prefix_hashes
 from lmcache_s3.types import ChunkRef
 from lmcache_s3.weights import model_config, weights_digest
 
+_FATES = {
+    Fate.WAITING: "not yet visible, handed over",
+    Fate.UPLOADED: "not yet visible, uploaded",
+    Fate.EVICTED: "evicted",
+    Fate.VOID: "void",
+    Fate.GONE: "evicted or void",
+    Fate.NEVER: "never stored",
+}
 _MAX_TOKENS_FILE_BYTES = 256 << 20
 
 
@@ -150,10 +162,14 @@ def _tokenize(model: str, text: str) -> list[int]:
 def _look(cli: Cli, space: Space, ids: list[int], salt: str) -> dict[str, Any]:
     """Every full chunk of the prompt: is it stored, where, and does the match reach it?"""
     hashes = prefix_hashes(space.id, ids, space.chunk_tokens, salt=salt)
-    with reading(cli.store, space) as index:
-        matched: list[ChunkRef | None] = list(index.match(hashes))
-        found = matched + [index.find(h) for h in hashes[len(matched) :]]
-        stored_chunks = sum(live.record.n_chunks for live in index.extents())
+    with ThreadPoolExecutor(cli.settings.io_threads, "lmcache-s3-read") as readers:
+        log = tending(cli.store, space, readers)
+        state = log.state
+        matched: list[ChunkRef | None] = list(log.replica.match(hashes))
+        found = matched + [log.replica.find(h) for h in hashes[len(matched) :]]
+        missing = [h for h, ref in zip(hashes, found, strict=True) if ref is None]
+        fates = traces(cli.store, space.id, state, missing, readers)
+        covered = covered_uploads(cli.store, space.id, state, hashes[-1]) if hashes and not missing else []
     chunks = [
         {
             "chunk": i,
@@ -162,6 +178,7 @@ def _look(cli: Cli, space: Space, ids: list[int], salt: str) -> dict[str, Any]:
             "extent": str(ref.extent.name) if ref else None,
             "position": ref.position if ref else None,
             "matched": i < len(matched),
+            "missing": _trace(fates[h]) if ref is None else None,
         }
         for i, (h, ref) in enumerate(zip(hashes, found, strict=True))
     ]
@@ -171,8 +188,18 @@ def _look(cli: Cli, space: Space, ids: list[int], salt: str) -> dict[str, Any]:
         "chunk_tokens": space.chunk_tokens,
         "matched_chunks": len(matched),
         "matched_tokens": len(matched) * space.chunk_tokens,
-        "space_chunks": stored_chunks,
+        "space_chunks": state.n_chunks,
+        "covered": [str(name) for name in covered],
         "chunks": chunks,
+    }
+
+
+def _trace(trace: Trace) -> dict[str, Any]:
+    return {
+        "fate": trace.fate.value,
+        "extent": None if trace.extent is None else str(trace.extent),
+        "version": trace.version,
+        "since": None if trace.since_s is None else time_text(trace.since_s),
     }
 
 
@@ -212,12 +239,15 @@ def _answer_text(answer: dict[str, Any], salt: str) -> str:
     if matched == full:
         rest = n - full * size
         tail = f"; the last {rest} do not fill a chunk" if rest else ""
-        return f"{where}a hit: {matched * size} of {n} tokens are cached{tail}"
+        twice = f"; {len(answer['covered'])} more uploads of it are covered by these, and wait for gc"
+        return f"{where}a hit: {matched * size} of {n} tokens are cached{tail}" + (twice if answer["covered"] else "")
+    told = _fate_text(answer["chunks"][matched])
     later = [c["chunk"] for c in answer["chunks"] if c["extent"] and not c["matched"]]
-    if later:
+    if told is not None or later:
+        there = f"; chunk {later[0]} is there, but out of reach" if later else ""
         return (
-            f"{where}{matched} of {full} chunks match; chunk {matched} is gone (removed or not stored), though chunk "
-            f"{later[0]} is there: it is stored again when an engine computes it"
+            f"{where}{matched} of {full} chunks match; chunk {matched} {told or 'is gone or was never stored'}{there}; "
+            f"it is stored again when an engine computes it"
         )
     if matched:
         start = matched * size
@@ -234,6 +264,21 @@ def _answer_text(answer: dict[str, Any], salt: str) -> str:
     )
 
 
+def _fate_text(chunk: dict[str, Any]) -> str | None:
+    """What became of the first chunk that misses; None: there is no trace of it."""
+    trace = chunk["missing"]
+    since, extent = trace["since"], trace["extent"]
+    return {
+        Fate.WAITING: f"is not yet visible: handed over at {since}, the leader merges it within seconds",
+        Fate.UPLOADED: f"is not yet visible: uploaded at {since} as {extent}, but not committed (under way, or its "
+        "writer died; then gc deletes it)",
+        Fate.EVICTED: f"was evicted: version {trace['version']} removed {extent} at {since}",
+        Fate.VOID: f"is void: {extent} was uploaded, but not committed within the grace",
+        Fate.GONE: f"is gone: {extent} lies there, but was removed, or not committed within the grace",
+        Fate.NEVER: None,
+    }[Fate(trace["fate"])]
+
+
 def _space_table(rows: list[dict[str, Any]]) -> Any:
     made = table("space", "model", "compared with this engine")
     for r in rows:
@@ -246,17 +291,23 @@ def _chunk_table(answer: dict[str, Any]) -> Any:
     made = table("chunks", "tokens", "", "extent")
     runs: list[list[dict[str, Any]]] = []
     for c in answer["chunks"]:
-        if runs and (runs[-1][-1]["extent"], runs[-1][-1]["matched"]) == (c["extent"], c["matched"]):
+        if runs and _kind(runs[-1][-1]) == _kind(c):
             runs[-1].append(c)
         else:
             runs.append([c])
     for run in runs:
         first, last = run[0], run[-1]
-        state = (
-            "[green]hit[/green]" if first["matched"] else "out of reach" if first["extent"] else "[red]missing[/red]"
-        )
+        state = "[green]hit[/green]" if first["matched"] else "out of reach"
+        if first["missing"]:
+            state = f"[red]missing[/red]: {_FATES[Fate(first['missing']['fate'])]}"
         made.add_row(
             f"{first['chunk']} to {last['chunk']}", f"{first['tokens'][0]} to {last['tokens'][1] - 1}", state,
-            first["extent"] or "–",
+            first["extent"] or first["missing"]["extent"] or "–",
         )  # fmt: skip
     return made
+
+
+def _kind(chunk: dict[str, Any]) -> tuple[object, ...]:
+    """Chunks of one kind, one after another, make a line."""
+    missing = chunk["missing"] or {}
+    return (chunk["extent"], chunk["matched"], missing.get("fate"), missing.get("extent"))

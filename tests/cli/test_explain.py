@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lmcache_s3.analysis.catalog import tending
 from lmcache_s3.identity import KVGroup, Space, weights_digest
+from lmcache_s3.index.manifest import Delta, encode_delta, inbox_key, log_key
 from lmcache_s3.index.service import Index, IndexSettings
 from lmcache_s3.testing.filling import fill
 from lmcache_s3.tiers.stores.open import open_store
+from lmcache_s3.types import ExtentRecord, extent_prefix
 
 Run = Callable[..., Any]
 TOKENS = list(range(1000, 1050))
@@ -118,7 +122,76 @@ def test_a_gap_in_the_middle(ask: Run, tmp_path: Path, space: Space) -> None:
     with Index.open(store, space, settings=IndexSettings(single_writer=True), background=False) as index:
         index.remove([first.name], why="test").result(10)
     answer = ask(TOKENS)
-    assert "chunk 0 is gone (removed or not stored), though chunk 1 is there" in answer["verdict"][0]
+    assert f"chunk 0 was evicted: version 3 removed {first.name} at " in answer["verdict"][0]
+    assert "chunk 1 is there, but out of reach" in answer["verdict"][0]
+    assert [c["missing"] and c["missing"]["fate"] for c in answer["prompts"][0]["chunks"]] == ["evicted", None, None]
+
+
+def upload(tmp_path: Path, space: Space, tokens: list[int]) -> ExtentRecord:
+    """An extent's objects, and no commit."""
+    elsewhere = open_store(f"file://{tmp_path / 'elsewhere'}")
+    record = fill(elsewhere, space, tokens)
+    assert record is not None
+    prefix = extent_prefix(space.id, record.name)
+    shutil.copytree(tmp_path / "elsewhere" / prefix, tmp_path / "store" / prefix)
+    return record
+
+
+def fates(answer: Any) -> list[str | None]:
+    return [c["missing"] and c["missing"]["fate"] for c in answer["prompts"][0]["chunks"]]
+
+
+def test_not_yet_visible_void_and_gone(ask: Run, tmp_path: Path, filled: Space) -> None:
+    store = open_store(f"file://{tmp_path / 'store'}")
+    other = list(range(48))
+    record = upload(tmp_path, filled, other)
+    answer = ask(other)
+    assert fates(answer) == ["uploaded"] * 3
+    assert "chunk 0 is not yet visible: uploaded at " in answer["verdict"][0]
+    assert str(record.name) in answer["verdict"][0]
+
+    key = inbox_key(filled.id, "01JDXB4Z5T8V6Q2W3E4R5T6Y7H")
+    store.put(key, encode_delta(Delta("01JDXB4Z5T8V6Q2W3E4R5T6Y7H", add=(record,))))
+    answer = ask(other)
+    assert fates(answer) == ["waiting"] * 3
+    assert "chunk 0 is not yet visible: handed over at " in answer["verdict"][0]
+    store.delete(key)
+
+    log = tending(store, filled)
+    log.commit([], floor=1)
+    answer = ask(other)
+    assert fates(answer) == ["void"] * 3
+    assert f"chunk 0 is void: {record.name} was uploaded, but not committed within the grace" in answer["verdict"][0]
+
+    log.checkpoint()
+    for version in (1, 2):
+        store.delete(log_key(filled.id, version))
+    answer = ask(other)
+    assert fates(answer) == ["gone"] * 3
+    assert f"chunk 0 is gone: {record.name} lies there" in answer["verdict"][0]
+
+    (tmp_path / "store" / extent_prefix(filled.id, record.name) / "zarr.json").write_bytes(b"{}")
+    assert fates(ask(other)) == ["never"] * 3
+
+
+def test_a_second_upload_is_covered(ask: Run, tmp_path: Path, filled: Space) -> None:
+    record = upload(tmp_path, filled, TOKENS)
+    answer = ask(TOKENS)
+    assert answer["prompts"][0]["covered"] == [str(record.name)]
+    assert "a hit" in answer["verdict"][0]
+    assert "1 more uploads of it are covered by these" in answer["verdict"][0]
+    assert fates(answer) == [None] * 3
+
+
+def test_the_fates_are_in_the_table(cli: Run, tmp_path: Path, filled: Space) -> None:
+    upload(tmp_path, filled, TOKENS[:32] + list(range(32)))
+    file = tmp_path / "tokens.json"
+    file.write_text(json.dumps(TOKENS[:32] + list(range(32)) + [7] * 16))
+    answer = cli("explain", f"file://{tmp_path / 'store'}", "--space", filled.id, "--tokens", file)
+    lines = [line.split() for line in answer.out.splitlines() if " to " in line]
+    assert ["hit" in line for line in lines[:3]] == [True, False, False]
+    assert "missing: not yet visible, uploaded" in answer.out
+    assert "missing: never stored" in answer.out
 
 
 def test_people_read_a_table(cli: Run, tmp_path: Path, filled: Space) -> None:
