@@ -34,8 +34,8 @@ from lmcache_s3.index.manifest import NOBODY, Verdict, judged
 from lmcache_s3.types import ExtentName, ExtentRecord
 
 _LONGEST_PAUSE_S = 60.0
-_RIDE_S = 60.0
-"""Accesses that are due wait this long for something to ride along with."""
+_RIDE = 1 / 60
+"""Accesses that are due wait this part of their interval for something to ride along with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,7 @@ class Follower:
         self.leader = Leader(log, self.inbox, self._clock)
         self.hand_overs: HandOvers[Request] = HandOvers(log, clock=self._clock, rng=rng, ulid=ulid)
         self.access = Access(self._clock, rng, pacing.access_s)
+        self._ride_s = _RIDE * pacing.access_s
         self.seen_s = self._clock()
         """When the log was last looked at successfully."""
         self._incoming: deque[Request] = deque()
@@ -141,7 +142,7 @@ class Follower:
         if self.hand_overs.due_s is not None:
             due.append(self.hand_overs.due_s)
         if access_s is not None:
-            due.append(access_s + _RIDE_S)
+            due.append(access_s + self._ride_s)
         return due
 
     def step(self) -> None:
@@ -222,9 +223,9 @@ class Follower:
         return [request for request in self._queue if adding.isdisjoint(request.change.remove)]
 
     def _take_access(self, now: float) -> None:
-        """Publish what was hit, along with something else if there is anything within `_RIDE_S`."""
+        """Publish what was hit, along with something else if anything comes soon."""
         due_s = self.access.due_s
-        if due_s is None or now < due_s or not (self._queue or self._back or now >= due_s + _RIDE_S):
+        if due_s is None or now < due_s or not (self._queue or self._back or now >= due_s + self._ride_s):
             return
         names = self.access.take(self.log.state)
         if names:

@@ -13,7 +13,8 @@ import pytest
 
 from lmcache_s3.errors import Conflict, Unavailable, Unusable
 from lmcache_s3.index.log import MAX_BATCH, Log, LogLimits
-from lmcache_s3.index.manifest import Delta, Verdict, checkpoint_key, checkpoints_prefix, encode_delta, log_key
+from lmcache_s3.index.manifest import NOBODY, Delta, Verdict, checkpoint_key, checkpoints_prefix, encode_delta, log_key
+from lmcache_s3.index.pace import Pace, Rate
 from lmcache_s3.testing.faults import Fault, FaultyStore
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.stores.counting import CountingStore
@@ -356,3 +357,106 @@ def test_what_replaces_a_removed_extent_may_come_in_the_same_version(
     assert log.commit([anew], remove=[damaged.name]) == [Verdict.LIVE]
     assert log.state.version == 2
     assert [ref.extent.name for ref in log.replica.match(list(damaged.chunk_hashes()))] == [anew.name] * 2
+
+
+# ---- lead, access, pace ----
+
+
+def test_what_the_state_says_already_needs_no_version(store: CountingStore, make_log: Callable[..., Log]) -> None:
+    log = make_log()
+    record, absent = make_record(), make_record()
+    log.commit([record])
+    for _ in range(3):
+        log.commit([record], [absent.name], lead=ULID, access=[absent.name])
+    assert (log.state.version, log.state.lead) == (2, ULID)
+    log.commit([], floor=1)
+    log.commit([], floor=1, lead=ULID)
+    assert (log.state.version, log.state.floor) == (3, 1)
+    log.commit([], lead=NOBODY)
+    log.commit([], lead=NOBODY)
+    assert (log.state.version, log.state.lead) == (4, None)
+    log.commit([make_record(4)], access=[record.name, absent.name])
+    assert (log.state.version, log.state.extents[record.name].last_access) == (5, 5), "in one version"
+    log.commit([], [record.name], access=[record.name])
+    assert (log.state.version, len(log.state.extents)) == (6, 1)
+
+
+def test_everything_in_one_version(make_log: Callable[..., Log]) -> None:
+    log, reader = make_log(), make_log()
+    old, hit, new = make_record(), make_record(), make_record(1)
+    log.commit([old, hit])
+    assert log.commit([new], [old.name], floor=1, lead=ULID, access=[hit.name]) == [Verdict.LIVE]
+    state = reader.sync()
+    assert (state.version, state.floor, state.lead) == (2, 1, ULID)
+    assert set(state.extents) == {hit.name, new.name}
+    assert state.extents[hit.name].last_access == 2
+    assert state == log.state
+
+
+class LosingAtFirst(Losing):
+    """Others win the first `losses` races of each commit."""
+
+    losses = 0
+
+    def create(self, key: str, data: bytes) -> Outcome:
+        if self.losses:
+            self.losses -= 1
+            return super().create(key, data)
+        return self._inner.create(key, data)
+
+
+def test_the_pace_adapts_to_contention(store: CountingStore, make_log: Any) -> None:
+    losing = LosingAtFirst(store)
+    log = make_log(losing, backoff_s=0.1, backoff_cap_s=5.0)
+    log.commit([make_record()])
+    assert log.pace.group_wait_s() == 0.0, "alone, nobody waits"
+    spans = []
+    for _ in range(6):
+        losing.losses = 2
+        log.commit([make_record()])
+        spans.append(log.pace.span_s)
+    assert spans == sorted(spans), "what was learned is kept from one commit to the next"
+    assert spans[-1] >= 1.0
+    assert log.counters.contention == pytest.approx(12 / 19)
+    assert 0 < max(log.pace.group_wait_s() for _ in range(20)) <= log.pace.group_cap_s
+    for _ in range(10):
+        log.commit([make_record()])
+    assert log.pace.span_s == log.pace.group_wait_s() == 0.0
+
+
+def test_full_jitter() -> None:
+    pace = Pace(random.Random(3), base_s=0.1, cap_s=5.0)
+    for _ in range(10):
+        pace.lost()
+    assert pace.span_s == 5.0
+    waits = [pace.backoff_s() for _ in range(200)]
+    assert min(waits) < 0.25
+    assert max(waits) > 4.75
+    assert max(pace.group_wait_s() for _ in range(200)) <= 1.0
+
+
+def test_versions_per_second_over_the_last_ten() -> None:
+    now = [0.0]
+    rate = Rate(lambda: now[0])
+    assert rate.per_s() == 0.0
+    version = 1_000_000
+    for _ in range(9):
+        version += 3
+        rate.seen(version)
+        now[0] += 1.0
+    assert rate.per_s() == 0.0, "not watched long enough; what was before counts nothing"
+    for _ in range(30):
+        version += 3
+        rate.seen(version)
+        now[0] += 1.0
+    assert rate.per_s() == pytest.approx(3.0)
+    now[0] += 600.0
+    version += 600
+    rate.seen(version)
+    assert rate.per_s() == pytest.approx(1.0, abs=0.1), "a long pause is no burst"
+    for _ in range(12_000):
+        now[0] += 0.001
+        rate.seen(version)
+    assert rate._seen is not None
+    assert len(rate._seen) < 80
+    assert rate.per_s() == 0.0

@@ -280,8 +280,100 @@ def test_checkpoints_serve_a_cold_start(store: CountingStore, opened: Callable[.
     assert opened().stats().extents == 20
 
 
+# ---- hand-overs, leaders, accesses ----
+
+BUSY = IndexSettings(poll_s=0.02, hand_over_s=0.02, merge_s=0.02)
+NOBODY_ALIVE = "01JDXB4Z5T8V6Q2W3E4R5T6Y7H"
+
+
+def make_leader(index: Index) -> str:
+    with index._turn:
+        index._log.commit((), lead=index._log.writer)
+    return index._log.writer
+
+
+def test_commits_are_handed_to_the_leader(opened: Callable[..., Index]) -> None:
+    leader, *writers = (opened(settings=BUSY) for _ in range(4))
+    ulid = make_leader(leader)
+    for writer in writers:
+        writer.sync()
+    futures = []
+    for _ in range(10):
+        futures += [index.commit([make_record(index.version)]) for index in (leader, *writers)]
+        time.sleep(0.01)
+    assert [f.result(10) for f in futures] == [[Verdict.LIVE]] * 40
+    for writer in writers:
+        stats = writer.stats()
+        assert (stats.leader, stats.leads, stats.commits, stats.hand_overs, stats.pending) == (ulid, False, 0, 0, 0)
+        assert stats.handed_over > 0
+        assert stats.live == 10
+    stats = leader.stats()
+    assert (stats.leader, stats.leads, stats.handed_over, stats.junk) == (ulid, True, 0, 0)
+    assert stats.merged == sum(writer.stats().handed_over for writer in writers)
+    name = next(iter(leader.extents())).record.name
+    removal = writers[0].remove([name], why="test")
+    assert removal.result(10) is None
+    assert writers[0].stats().removed == 1
+    leader.close()
+    assert not leader.stats().leads
+    writers[0].sync()
+    assert writers[0].stats().leader is None
+    assert writers[0].commit([make_record()]).result(10) == [Verdict.LIVE]
+    assert writers[0].stats().extents == 40
+
+
+def test_close_commits_what_a_dead_leader_left(opened: Callable[..., Index]) -> None:
+    index = opened(settings=BUSY)
+    with index._turn:
+        index._log.commit((), lead=NOBODY_ALIVE)
+    futures = [index.commit([make_record()]) for _ in range(3)]
+    until(lambda: index.stats().hand_overs > 0)
+    futures.append(index.commit([make_record()]))
+    assert not any(f.done() for f in futures)
+    start = time.monotonic()
+    index.close()
+    assert time.monotonic() - start < 3, "nobody waits for the dead"
+    assert [f.result(0) for f in futures] == [[Verdict.LIVE]] * 4
+    assert opened().stats().extents == 4
+
+
+def test_close_that_cannot_reach_the_store_fails_what_was_handed_over(
+    store: CountingStore, opened: Callable[..., Index]
+) -> None:
+    faulty = FaultyStore(store)
+    index = opened(faulty, settings=BUSY)
+    with index._turn:
+        index._log.commit((), lead=NOBODY_ALIVE)
+    future = index.commit([make_record()])
+    until(lambda: index.stats().hand_overs == 1)
+    faulty.faults = [Fault(mode="error", verbs=OFF)]
+    index.close(0.3)
+    with pytest.raises(Unavailable, match="closed"):
+        future.result(0)
+
+
+def test_hits_are_told_to_all(opened: Callable[..., Index]) -> None:
+    writer, reader = opened(), opened(settings=IndexSettings(poll_s=0.02, access_s=0.05))
+    record = make_record()
+    writer.commit([record]).result(5)
+    reader.sync()
+    reader.touch([record.name])
+    until(lambda: next(iter(writer.extents())).last_access > 1)
+    assert reader.stats().accesses == 0
+
+
+def test_a_call_too_big_for_any_version_fails_alone(opened: Callable[..., Index]) -> None:
+    index = opened()
+    big, good = [make_record(chunks=2**16)] * 8, make_record()
+    future, fine = index.commit(big), index.commit([good])
+    with pytest.raises(Unusable) as e:
+        future.result(5)
+    assert e.value.kind == "oversized"
+    assert fine.result(5) == [Verdict.LIVE]
+
+
 def test_settings_are_checked() -> None:
-    for bad in ({"poll_s": 0}, {"checkpoint_every": 0}, {"max_pending": -1}):
+    for bad in ({"poll_s": 0}, {"checkpoint_every": 0}, {"max_pending": -1}, {"hand_over_s": 0}, {"merge_s": -1}):
         with pytest.raises(Invalid):
             IndexSettings(**bad)  # type: ignore[arg-type]
 
