@@ -3,13 +3,13 @@
 Offline: stop the engines first (one that runs on loses its last stores, nothing worse). Reads every `zarr.json` under
 `extents/` and lists the shard objects beside it; what is whole becomes live again, evicted extents that still lie there
 included. All reading comes first; then, at versions beyond any that was ever used,
-1. create every missing milestone below M, so that every replica of the past finds its fence, whatever version it is at,
-2. put a checkpoint of version M − 1 with floor M − 1: whoever named an extent before finds it live or void,
-3. create version M, which changes nothing.
+1. create every missing milestone up to M, so that every replica of the past finds its fence, whatever version it is at
+   (M too: it is the fence of a replica whose next version is a milestone),
+2. put a checkpoint of version M − 1 with floor M − 1: whoever named an extent before finds it live or void.
 M is a milestone beyond the fence of the newest version that a listing of log, checkpoints, segments or extents shows.
 
-May be stopped at any step and run again: before 2 nothing has changed for anybody, after it the rest is only lent to
-those that still look at the past. Bytes of the cells are not read (`verify` does that).
+May be stopped at any step and run again: the checkpoint's index is the last write, and before it nothing has changed
+for anybody (a milestone changes nothing when the log grows into it). Bytes of the cells are not read (`verify` does).
 Raises `Invalid` (something claims an impossible version), and the store's `Unavailable` and `Invalid`.
 """
 
@@ -164,14 +164,13 @@ def _state(records: list[ExtentRecord], writer: str, report: RebuildReport) -> S
 
 def _write(store: ObjectStore, space_id: str, state: State, missing: list[int], writer: str, nonce: str) -> None:
     body = encode_delta(Delta(writer))
-    for version in missing[:-1]:
+    for version in missing:
         _create(store, log_key(space_id, version), body)
     files, index = encode_checkpoint(state, nonce, writer)
     prefix = segments_prefix(space_id, state.version, nonce)
     for file, data in files.items():
         store.put(prefix + file, data)
     store.put(checkpoint_key(space_id, state.version, nonce), index)
-    _create(store, log_key(space_id, missing[-1]), body)
 
 
 def _create(store: ObjectStore, key: str, body: bytes) -> None:
