@@ -1,6 +1,7 @@
-"""`lmcache-s3 doctor`: everything between this machine and a working cache, one line each, with the mend.
+"""`lmcache-s3 doctor`: everything between this machine and a working cache, one line each, with the mend; then how the
+index of each space is doing.
 
-Writes a few MiB under `doctor/` and removes them."""
+Writes a few MiB under `doctor/` and removes them. The rest only reads."""
 
 from __future__ import annotations
 
@@ -9,10 +10,14 @@ import platform
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import typer
 
+from lmcache_s3.analysis.catalog import list_spaces
+from lmcache_s3.analysis.pulse import Pulse, pulse
 from lmcache_s3.cli.common import Cli, size_text, table
 from lmcache_s3.errors import LMCacheS3Error, Unusable
 from lmcache_s3.index.probe import probe
@@ -47,12 +52,20 @@ def doctor(cli: Cli) -> None:
             lines.append(_ask("put-if-absent", lambda: _race(cli)))
             lines.append(_ask("delete", lambda: _delete(cli, key)))
     lines.append(Line("versions", None, _versions()))
+    pulses, problems = _pulses(cli) if lines[0].ok else ([], {})
+    lines += [Line(f"index {space_id[:16]}", False, problem) for space_id, problem in problems.items()]
     made = table("check", "", "")
     made.show_header = False
     for line in lines:
         mark = {True: "[green]ok[/green]", False: "[red]failed[/red]", None: "–"}[line.ok]
         made.add_row(line.name, mark, line.detail)
-    cli.emit({"url": cli.settings.url, "checks": [asdict(line) for line in lines]}, made)
+    document = {
+        "url": cli.settings.url,
+        "checks": [asdict(line) for line in lines],
+        "spaces": [asdict(pulse) for pulse in pulses],
+    }
+    hints = [f"{pulse.space[:16]}: {hint}" for pulse in pulses for hint in pulse.hints]
+    cli.emit(document, made, *(["", _pulse_table(pulses)] if pulses else []), *hints)
     if any(line.ok is False for line in lines):
         raise typer.Exit(1)
 
@@ -131,3 +144,48 @@ def _versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def _pulses(cli: Cli) -> tuple[list[Pulse], dict[str, str]]:
+    """How each space's index is doing; and by space what is wrong with it."""
+    pulses: list[Pulse] = []
+    problems: dict[str, str] = {}
+    settings = cli.settings
+    with ThreadPoolExecutor(settings.io_threads, "lmcache-s3-read") as readers:
+        for entry in list_spaces(cli.store):
+            if entry.space is None:
+                problems[entry.id] = entry.problem or "cannot be read"
+                continue
+            try:
+                pulses.append(
+                    pulse(
+                        cli.store,
+                        entry.space,
+                        time.time(),
+                        poll_s=settings.poll_s,
+                        merge_s=settings.merge_s,
+                        readers=readers,
+                    )
+                )
+            except LMCacheS3Error as e:
+                problems[entry.id] = " ".join(str(e).split())
+    return pulses, problems
+
+
+def _pulse_table(pulses: list[Pulse]) -> Any:
+    numbers = ("version", "to read", "versions/s", "writers", "inbox", "$/day writing", "$/day an engine")
+    made = table("space", "model", "newest", "leader", *numbers, right=("newest", *numbers))
+    for p in pulses:
+        made.add_row(
+            p.space[:16], p.model or "–", "–" if p.idle_s is None else f"{_span_text(p.idle_s)} ago", p.lead or "none",
+            str(p.version), str(p.behind), f"{p.versions_per_s:.2f}", str(p.writers), str(p.inbox),
+            f"{p.write_dollars_per_day:.4f}", f"{p.read_dollars_per_day:.4f}",
+        )  # fmt: skip
+    return made
+
+
+def _span_text(seconds: float) -> str:
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -147,6 +147,9 @@ class Collector:
     executor: makes requests in parallel; None: one after another.
     """
 
+    parts: Sequence[str] = tuple(f"{shard:02x}/" for shard in range(256))
+    """Key prefixes below `extents/` that are listed one by one, side by side."""
+
     def __init__(
         self,
         log: Log,
@@ -272,13 +275,13 @@ class Collector:
         """Delete what can never be live again. live: of the confirmed state. waiting: left to the next round."""
         folder = space_prefix(self.space_id) + "extents/"
 
-        def sweep(shard: int) -> None:
-            prefix = f"{folder}{shard:02x}/"
+        def sweep(part: str) -> None:
             last: tuple[str, bool] | None = None
-            for info in self.store.list(prefix):
-                text = info.key.removeprefix(prefix).partition("/")[0]
+            for info in self.store.list(folder + part):
+                shard, _, rest = info.key.removeprefix(folder).partition("/")
+                text = rest.partition("/")[0]
                 if last is None or last[0] != text:
-                    name = _extent_name(text, f"{shard:02x}")
+                    name = _extent_name(text, shard)
                     if name is None:
                         self._foreign(report)
                         continue
@@ -286,7 +289,7 @@ class Collector:
                 if last[1]:
                     self._delete(report, "extent", info)
 
-        self._each(sweep, range(256))
+        self._each(sweep, self.parts)
 
     # ---- step 4: checkpoints, segments, versions ---------------------------------------------------------------------
 
@@ -415,4 +418,4 @@ def _extent_name(text: str, shard: str) -> ExtentName | None:
         name = ExtentName.parse(text)
     except LMCacheS3Error:
         return None
-    return name if text.startswith(shard) and name.born <= MAX_INTEGER else None
+    return name if text[:2] == shard and name.born <= MAX_INTEGER else None

@@ -127,6 +127,18 @@ def test_doctor(cli: Run, cache: Any, tmp_path: Path) -> None:
     assert "one winner each" in checks["put-if-absent"]["detail"]
     assert sorted(p for p in cache.path.rglob("*") if p.is_file()) == before
 
+    spaces = {s["space"]: s for s in answer.json["spaces"]}
+    assert spaces[cache.exact.id]["version"] == spaces[cache.exact.id]["behind"] == 2
+    assert spaces[cache.exact.id]["writers"] == 2
+    out = cli("doctor", cache.url).out
+    assert "versions/s" in out
+    assert cache.exact.id[:16] in out
+
+    (cache.path / "spaces" / cache.exact.id / "manifest" / "log" / f"{2:020d}").write_bytes(b"{}")
+    answer = cli("doctor", cache.url)
+    assert answer.code == 1
+    assert "manifest version 2 cannot be read" in answer.out
+
     (tmp_path / "file").write_bytes(b"")
     answer = cli("doctor", f"file://{tmp_path / 'file'}")
     assert answer.code == 1
