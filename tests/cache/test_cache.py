@@ -76,8 +76,10 @@ def test_one_cache_stores_another_retrieves(url: str) -> None:
         match = reader.lookup(tokens)
         assert reader.stats().requests == before, "looking up makes no request"
         assert match.tokens == 10 * N
+        assert reader.stats().index.accesses == 0, "a match is no hit yet"
         with reader.pin(match):
             got = reader.retrieve(match).result(20)
+        assert reader.stats().index.accesses == 1, "one extent was loaded"
         assert (got.tokens, got.report.requests, set(got.report.tier_bytes)) == (10 * N, 1, {"object"})
         assert same_bits(got.array, kv[:, :, : 10 * N])
         again = reader.store(tokens, kv).result(5)

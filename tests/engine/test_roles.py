@@ -241,6 +241,9 @@ def test_any_layout_reads_what_any_other_wrote(url: str, writer: tuple[int, int]
     assert b.ask(tokens[: 2 * CHUNK] + prompt(200, 9), "forked") == 2 * CHUNK
     assert b.ask(tokens, "mid-chunk", local_tokens=CHUNK + BLOCK) == 4 * CHUNK - BLOCK
     assert not b.failed
+    cache = b.scheduler._ready()
+    assert cache is not None
+    assert cache.index.stats().accesses == 1, "the hit is told to all, some time"
     b.close()
 
 
@@ -279,6 +282,9 @@ def test_damaged_objects_are_computed_then_dropped(url: str, harm: str, tmp_path
     assert b.failed == ["b"]
     assert b.ask(tokens, "again") == 0, "the entry is hidden at once"
     assert b.failed == ["b"]
+    cache = b.scheduler._ready()
+    assert cache is not None
+    assert cache.index.stats().accesses == 0, "a load that failed was no hit"
     b.settle()
     end = time.monotonic() + 10
     while b.scheduler.counters.total("stored_extents") < 1 and time.monotonic() < end:
