@@ -22,6 +22,7 @@ Raises `Violation`, naming the broken invariant:
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import struct
 from collections import Counter
@@ -39,7 +40,8 @@ from lmcache_s3.identity import KVGroup, Space
 from lmcache_s3.index import manifest
 from lmcache_s3.index.change import Change
 from lmcache_s3.index.follower import Follower, Pacing
-from lmcache_s3.index.gc import Collector, GcSettings
+from lmcache_s3.index.gc import Collector, GcReport, GcSettings
+from lmcache_s3.index.history import list_versions
 from lmcache_s3.index.inbox import HandOvers, Inbox, Leader
 from lmcache_s3.index.log import IDLE_POLLS_PER_FENCE, Log, LogLimits
 from lmcache_s3.index.manifest import (
@@ -75,8 +77,8 @@ SPACE = Space("5" * 64, "bfloat16", (KVGroup("full", 1, 1, 1, 1),), chunk_tokens
 SPACE_ID = SPACE.id
 _ULID = "01JDXB4Z5T8V6Q2W3E4R{:06d}"
 _REBUILDER = _ULID.format(999_999)
-_PROMPTS, _LONGEST = 3, 3
-"""So few that extents cover each other all the time."""
+_LONGEST = 3
+"""Chunks in an extent."""
 _LOG = log_key(SPACE_ID, 0)[:-20]
 _EXTENTS = space_prefix(SPACE_ID) + "extents/"
 _INBOX = inbox_prefix(SPACE_ID)
@@ -313,6 +315,8 @@ class World:
         """Rebuilds that came to their end."""
         self.seen: Counter[str] = Counter()
         """What happened, to know whether a run was worth anything: objects deleted, by folder; hand-overs; leaders."""
+        self.prompts = self.rng.choice([2, 100, 100])
+        """Few: extents cover each other all the time. Many: the history grows long."""
         self.lies_s = self.rng.choice([0.0, 0.0, 50.0])
         """How far the store's Last-Modified may be off."""
         self._times_s: dict[str, float] = {}
@@ -358,7 +362,7 @@ class World:
                 if key.startswith(_INBOX):
                     self._check_inbox(key)
                 del self.objects[key]
-                self.seen[f"deleted {key.removeprefix(space_prefix(SPACE_ID)).rpartition('/')[0][:12]}"] += 1
+                self.seen[f"deleted {_folder(key)}"] += 1
                 self._changed = True
             return None
         if verb == "create" and key in self.objects:
@@ -419,7 +423,7 @@ class World:
         """Offline: nobody runs meanwhile. Collectors were ended and their requests are over, everybody else goes on
         afterwards from where it stood. writes: crash before this write."""
         for process in self.processes:
-            if process.name.startswith("collector"):
+            if process.name in ("collector", "sweeper"):
                 process.abandon()
         self.air = [write for write in self.air if write[0] != "delete"]
         self._is_rebuilding = True
@@ -511,6 +515,12 @@ class World:
         return [key for key in self.objects if key.startswith(_INBOX)]
 
 
+def _folder(key: str) -> str:
+    """`extents`, `segments`, `manifest/log`, …"""
+    parts = key.removeprefix(space_prefix(SPACE_ID)).split("/")
+    return "/".join(parts[: 2 if parts[0] == "manifest" else 1])
+
+
 @lru_cache(1024)
 def _index(data: bytes, version: int, nonce: str) -> tuple[str, ...]:
     """Segments of a checkpoint."""
@@ -531,7 +541,7 @@ def _prefix_hash(prompt: int, chunk: int) -> bytes:
 
 def make_record(me: Process) -> ExtentRecord:
     """An extent of some prompt's beginning, named now."""
-    prompt, chunks = me.rng.randrange(_PROMPTS), me.rng.randint(1, _LONGEST)
+    prompt, chunks = me.rng.randrange(me.world.prompts), me.rng.randint(1, _LONGEST)
     hashes = [_prefix_hash(prompt, chunk) for chunk in range(chunks)]
     nonce = f"{me.world.number():032x}" if me.rules.fresh_names else hashes[-1].hex()
     name = ExtentName(hashes[-1], chunks, "fast", me.log.state.version, nonce)
@@ -686,26 +696,45 @@ def collector(me: Process) -> None:
             continue
 
 
+def sweeper(me: Process) -> None:
+    """A collector that keeps no history and only sweeps the manifest: versions go as early as they may."""
+    retry(me.log.open)
+    whole = me.rules.collector(me.log, GcSettings(history_s=0.0))
+    while True:
+        retry(me.log.sync)
+        try:
+            versions = list_versions(me.log.store, SPACE_ID, upto=me.log.state.version)
+            whole._sweep_manifest(versions, GcReport(dry_run=False, now_s=math.inf))
+        except Unavailable:
+            continue
+
+
 # ---- seeded runs -----------------------------------------------------------------------------------------------------
 
-CASTS = ("direct", "followers", "mixed")
+CASTS = ("direct", "followers", "mixed", "log")
 _DELTA_WRITES = ("put", "create", "delete")
 
 
 def populate(world: World, cast: str, extents: int = 10) -> None:
-    """direct: writers that commit. followers: writers that hand over and lead. mixed: both."""
+    """direct: writers that commit. followers: writers that hand over and lead. mixed: both. log: a long history, of
+    which little is left."""
     first, second = {
         "direct": (writer, writer),
         "followers": (follower, follower),
         "mixed": (follower, writer),
+        "log": (writer, writer),
     }[cast]
+    if cast == "log":
+        world.prompts = 1000
+        world.add("sweeper", sweeper)
     world.add("writer-a", first(extents))
     world.add("writer-b", second(extents), checkpoint_every=2)
-    if cast == "followers":
-        world.add("writer-c", follower(extents))
+    if cast in ("followers", "log"):
+        world.add("writer-c", first(extents))
     world.add("reader", reader)
     world.add("checkpointer", checkpointer)
-    world.add("collector", collector)
+    if cast != "log":
+        world.add("collector", collector)
 
 
 def play(seed: int, rules: Rules = Rules(), *, steps: int = 1000, cast: str | None = None) -> World:
@@ -720,7 +749,7 @@ def play(seed: int, rules: Rules = Rules(), *, steps: int = 1000, cast: str | No
         asleep: dict[Process, int] = {}
         for now in range(steps):
             if now == rebuild_at:
-                world.rebuild(rng.choice([None, None, *range(8)]))
+                world.rebuild(rng.choice([*[None] * 8, *range(8)]))
                 world.check()
             awake = [p for p in world.processes if not p.ended and not p.crashed and asleep.get(p, 0) <= now]
             if awake:

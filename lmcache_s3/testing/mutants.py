@@ -255,13 +255,13 @@ _NO_FLOOR: dict[str, Callable[..., Any]] = {
 }
 
 MUTANTS = (
-    Mutant("no_fence_writer", "the fence is not asked after a create", Rules(log=NoFenceAfterCreate)),
-    Mutant("fence_first", "the fence is asked before the create", Rules(log=FenceBeforeCreate)),
-    Mutant("no_fence_reader", "the fence is not asked by readers", Rules(log=NoFenceForWhatIsRead)),
-    Mutant("fence_of_last", "the fence of the batch's last version is asked", Rules(log=FenceOfTheLast)),
-    Mutant("no_idle_fence", "the fence is never asked on empty polls", Rules(log=NeverOnEmptyPolls)),
-    Mutant("milestone_deleted", "milestones are deleted", Rules(collector=MilestonesDeleted)),
-    Mutant("no_checkpoint_rule", "versions go without a checkpoint", Rules(collector=VersionsWithoutCheckpoint)),
+    Mutant("no_fence_writer", "the fence is not asked after a create", Rules(log=NoFenceAfterCreate), "log"),
+    Mutant("fence_first", "the fence is asked before the create", Rules(log=FenceBeforeCreate), "log"),
+    Mutant("no_fence_reader", "the fence is not asked by readers", Rules(log=NoFenceForWhatIsRead), "log"),
+    Mutant("fence_of_last", "the fence of the batch's last version is asked", Rules(log=FenceOfTheLast), "log"),
+    Mutant("no_idle_fence", "the fence is never asked on empty polls", Rules(log=NeverOnEmptyPolls), "log"),
+    Mutant("milestone_deleted", "milestones are deleted", Rules(collector=MilestonesDeleted), "log"),
+    Mutant("no_checkpoint_rule", "versions go without a checkpoint", Rules(collector=VersionsWithoutCheckpoint), "log"),
     Mutant("plain_put", "versions are plain PUTs", Rules(log=PlainPut)),
     Mutant("conflict_is_success", "a lost create counts as won", Rules(log=ConflictIsWon)),
     Mutant("unknown_is_success", "a create without answer counts as won", Rules(log=NoAnswerIsWon)),
