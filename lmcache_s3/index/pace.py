@@ -48,7 +48,8 @@ class Pace:
 class Rate:
     """Versions per second over the last `window_s` seconds at least, from the versions that looks at the log found.
 
-    Robust against long pauses: what came meanwhile counts over all of the pause.
+    Never too many: what came during a long pause counts over all of it, and what was there before the first look does
+    not count. A burst shows as soon as it would be the average of a whole window.
     """
 
     clock: Callable[[], float]
@@ -67,8 +68,7 @@ class Rate:
             seen.popleft()
 
     def per_s(self) -> float:
-        """0 until the log was watched for the whole window."""
         if not self._seen:
             return 0.0
         (then, old), (now, new) = self._seen[0], self._seen[-1]
-        return (new - old) / (now - then) if now - then >= self.window_s else 0.0
+        return (new - old) / max(self.window_s, now - then)

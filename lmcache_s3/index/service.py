@@ -28,7 +28,7 @@ from lmcache_s3.errors import Bug, Invalid, LMCacheS3Error, Unavailable, Unusabl
 from lmcache_s3.index.change import Change
 from lmcache_s3.index.follower import Follower, Pacing
 from lmcache_s3.index.log import CHECKPOINT_EVERY, Log, LogLimits
-from lmcache_s3.index.manifest import MAX_VERSION_BYTES, LiveExtent, Verdict, check_record
+from lmcache_s3.index.manifest import MAX_VERSION_BYTES, LiveExtent, State, Verdict, check_record
 from lmcache_s3.index.probe import ProbeReport, probe
 from lmcache_s3.index.space_file import ensure_space
 from lmcache_s3.tiers.stores.base import ObjectStore
@@ -81,7 +81,7 @@ class IndexSettings:
 class IndexStats:
     """Now: version, floor, extents, chunks, pending (changes that nobody judged yet), hand_overs (of these in the
     inbox, in so many objects), hidden, pinned, lag_s (since the last successful look at the log), leader (ULID that the
-    log names), leads (it is this process), versions_per_s (of all writers, over the last 10 s; 0 until watched long).
+    log names), leads (it is this process), versions_per_s (of all writers, over the last 10 s).
     Since start: the rest. contention: which part of this process's creates was lost to others, 0…1. handed_over: inbox
     objects put; taken_back: of these committed directly later on. merged: inbox objects merged by this process. junk:
     inbox objects it found unreadable. accesses: hits waiting to be told. errors: failed background rounds by kind."""
@@ -207,6 +207,11 @@ class Index:
     @property
     def space_id(self) -> str:
         return self._log.space_id
+
+    @property
+    def state(self) -> State:
+        """The newest published state: one version, a snapshot for as long as it is held."""
+        return self._replica.state
 
     @property
     def version(self) -> int:

@@ -444,7 +444,7 @@ def test_versions_per_second_over_the_last_ten() -> None:
         version += 3
         rate.seen(version)
         now[0] += 1.0
-    assert rate.per_s() == 0.0, "not watched long enough; what was before counts nothing"
+    assert rate.per_s() == pytest.approx(2.4), "over the whole window, though watched for less of it"
     for _ in range(30):
         version += 3
         rate.seen(version)
