@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -53,6 +53,8 @@ MAX_REMOVALS = 2**16
 """Extents removed by one version; more take several."""
 _HISTORY_CHECKPOINTS = 8
 """Checkpoints kept about evenly over the kept history, so that none of it is far from one."""
+_RELISTS = 3
+"""The newest checkpoint may be superseded and collected by others while we look at it."""
 _SEGMENT = re.compile(r"([0-9]{20})\.([0-9a-f]{32})/[^/]+", re.ASCII)
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -276,17 +278,17 @@ class Collector:
         folder = space_prefix(self.space_id) + "extents/"
 
         def sweep(part: str) -> None:
-            last: tuple[str, bool] | None = None
+            last: tuple[str, str, bool] | None = None
             for info in self.store.list(folder + part):
                 shard, _, rest = info.key.removeprefix(folder).partition("/")
                 text = rest.partition("/")[0]
-                if last is None or last[0] != text:
+                if last is None or last[:2] != (shard, text):
                     name = _extent_name(text, shard)
                     if name is None:
                         self._foreign(report)
                         continue
-                    last = (text, name not in waiting and self._deletable(live, report.floor, name))
-                if last[1]:
+                    last = (shard, text, name not in waiting and self._deletable(live, report.floor, name))
+                if last[2]:
                     self._delete(report, "extent", info)
 
         self._each(sweep, self.parts)
@@ -295,13 +297,20 @@ class Collector:
 
     def _sweep_manifest(self, versions: Versions, report: GcReport) -> None:
         report.foreign += versions.foreign
-        listed = list(self._checkpoints(report))
+        listed = self._checkpoints()
         if not listed:
             return
-        try:
-            self._check_whole(listed[0])
-        except Unusable as e:
-            report.problem = f"the newest checkpoint is not whole ({e}); see rebuild"
+        for _ in range(_RELISTS):
+            try:
+                self._check_whole(listed[0])
+                break
+            except Unusable as e:
+                before, listed = listed[0], self._checkpoints()
+                if not listed or listed[0] == before:
+                    report.problem = f"the newest checkpoint is not whole ({e}); see rebuild"
+                    return
+        else:
+            report.problem = "checkpoints came and went too fast to be looked at"
             return
         horizon = versions.newest_at(report.now_s - self.settings.history_s)
         kept = self._kept_checkpoints(listed, horizon)
@@ -309,15 +318,16 @@ class Collector:
         self._sweep_segments(listed[0], kept, report)
         self._sweep_versions(versions, kept[0].version if kept[0].version <= horizon else 0, report)
 
-    def _checkpoints(self, report: GcReport) -> Iterator[Checkpoint]:
+    def _checkpoints(self) -> list[Checkpoint]:
         """As listed: the newest first."""
+        found = []
         for info in self.store.list(checkpoints_prefix(self.space_id)):
             try:
                 version, nonce = parse_checkpoint_key(info.key)
             except Unusable:
-                self._foreign(report)
                 continue
-            yield Checkpoint(version, nonce, info.modified_s, info.size_bytes)
+            found.append(Checkpoint(version, nonce, info.modified_s, info.size_bytes))
+        return found
 
     def _check_whole(self, newest: Checkpoint) -> None:
         """What is deleted on its authority cannot be had again. Raises `Unusable`."""
