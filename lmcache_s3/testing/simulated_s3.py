@@ -147,6 +147,11 @@ class SimulatedS3:
             self.clients[name] = SimulatedClient(self)
         return self.clients[name]
 
+    def adopt(self, other: SimulatedS3) -> None:
+        """Hold what the other bucket holds now: to look at it once its simulation is over."""
+        self.objects, self.modified_s = dict(other.objects), dict(other.modified_s)
+        self._directories = {directory: list(keys) for directory, keys in other._directories.items()}
+
     # ---- effects ---------------------------------------------------------------------------------------------------
 
     def carry_out(self, verb: str, key: str, data: bytes) -> bool:

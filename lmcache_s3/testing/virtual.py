@@ -284,6 +284,7 @@ class VirtualExecutor(concurrent.futures.Executor):
                     future.set_exception(e)
                 else:
                     future.set_result(result)
+                self._simulation.catch_up()  # who is ahead takes no work that another would have begun before
         finally:
             self._running -= 1
 

@@ -91,6 +91,11 @@ def test_a_pool_runs_so_many_calls_at_a_time_and_keeps_the_order_of_answers(sim:
     assert sim.clock() == 4.0  # 3 beside 1 + 1, then 2 from second 2 on
 
 
+def test_calls_that_run_ahead_share_the_pool_too(sim: Simulation) -> None:
+    list(VirtualExecutor(sim, 4).map(sim.ahead, [1.0] * 8))
+    assert sim.clock() == 2.0
+
+
 def test_what_a_call_in_the_pool_raises_comes_out_where_its_result_is_asked_for(sim: Simulation) -> None:
     def call() -> None:
         sim.sleep(1.0)
