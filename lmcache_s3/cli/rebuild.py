@@ -84,10 +84,10 @@ def _rebuild(cli: Cli, space: Space, dry_run: bool) -> RebuildReport:
 
 def _shown(space: Space, report: RebuildReport) -> list[Any]:
     would = "would be" if report.dry_run else "are"
-    made = table("extents", "chunks", "stored", "covered", "left out", "version",
-                 right=("extents", "chunks", "stored", "covered", "left out", "version"))  # fmt: skip
+    numbers = ("extents", "chunks", "stored", "covered", "given up", "left out", "version")
+    made = table(*numbers, right=numbers)
     made.add_row(
-        str(report.extents), str(report.chunks), size_text(report.encoded_bytes), str(report.covered),
+        str(report.extents), str(report.chunks), size_text(report.encoded_bytes), str(report.covered), str(report.dead),
         str(len(report.rejected)), str(report.version),
     )  # fmt: skip
     lines: list[Any] = [f"[bold]space {space.id[:16]}[/bold] {space.model}: these {would} in the index", made]

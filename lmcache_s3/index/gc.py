@@ -146,7 +146,8 @@ class Checkpoint:
 class Collector:
     """See the module. Uses the log's store, sleep, randomness and nonces; one thread at a time may use the log.
 
-    executor: makes requests in parallel; None: one after another.
+    merge: merges what writers handed over, as a leader would; None: an `Inbox` of its own. executor: makes requests in
+    parallel; None: one after another.
     """
 
     parts: Sequence[str] = tuple(f"{shard:02x}/" for shard in range(256))
@@ -157,9 +158,10 @@ class Collector:
         log: Log,
         settings: GcSettings = GcSettings(),
         *,
+        merge: Callable[[Log], object] | None = None,
         executor: Executor | None = None,
     ) -> None:
-        self.log, self.settings, self.executor = log, settings, executor
+        self.log, self.settings, self.merge, self.executor = log, settings, merge, executor
         self.store, self.space_id = log.store, log.space_id
         self._lock = threading.Lock()
         """Guards the report while requests run in parallel."""
@@ -185,7 +187,10 @@ class Collector:
 
     def _merge(self, now_s: float) -> None:
         """What writers handed over comes into the index, as a leader would see to it, before it can become void."""
-        Inbox(self.log, self.executor).merge(newest_s=now_s)
+        if self.merge is not None:
+            self.merge(self.log)
+        else:
+            Inbox(self.log, self.executor).merge(newest_s=now_s)
 
     def _now_s(self) -> float:
         """The store's time: Last-Modified of an object written just now."""

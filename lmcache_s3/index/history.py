@@ -130,6 +130,24 @@ def as_of(store: ObjectStore, space_id: str, version: int, *, readers: Executor 
     return _replay(store, space_id, EMPTY, version, oldest, readers)
 
 
+def as_far_as_readable(store: ObjectStore, space_id: str, *, readers: Executor | None = None) -> State:
+    """The newest state that can be had of a damaged manifest: from the newest checkpoint that is whole, the versions up
+    to the first that is missing or cannot be read. A prefix of the history; version 0 where nothing is left."""
+    state = EMPTY
+    for at, nonce in _checkpoints(store, space_id):
+        try:
+            state = _load(store, space_id, at, nonce, readers)
+        except Unusable:
+            continue
+        break
+    while True:
+        numbers = range(state.version + 1, state.version + _BATCH + 1)
+        for delta in _each(readers, lambda n: _read(store, space_id, n), numbers):
+            if delta is None or isinstance(delta, Unusable):
+                return state
+            state = apply(state, delta)
+
+
 def _checkpoints(store: ObjectStore, space_id: str) -> Iterator[tuple[int, str]]:
     """(version, nonce), the newest first."""
     for info in store.list(checkpoints_prefix(space_id)):

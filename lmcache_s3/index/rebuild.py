@@ -1,15 +1,17 @@
 """A new manifest from the extents themselves, when the old one is damaged beyond its checkpoints or gone.
 
-Offline: stop the engines first (one that runs on loses its last stores, nothing worse). Reads every `zarr.json` under
-`extents/` and lists the shard objects beside it; what is whole becomes live again, evicted extents that still lie there
-included. All reading comes first; then, at versions beyond any that was ever used,
+Offline: engines and collectors are stopped first, their requests ended; what an engine that runs on stores meanwhile is
+void. Reads every `zarr.json` under `extents/` and lists the shard objects beside it; what is whole becomes live again.
+Left out is what the readable part of the old manifest lets a collector delete: a DELETE of it may be under way. All
+reading comes first; then, at versions beyond any that was ever used,
 1. create every missing milestone up to M, so that every replica of the past finds its fence, whatever version it is at
-   (M too: it is the fence of a replica whose next version is a milestone),
-2. put a checkpoint of version M − 1 with floor M − 1: whoever named an extent before finds it live or void.
+   (they change nothing: until 2 the old history goes on, through them),
+2. put a checkpoint of version M − 1 with floor M − 1: whoever named an extent before finds it live or void. Segments
+   first, then the index.
 M is a milestone beyond the fence of the newest version that a listing of log, checkpoints, segments or extents shows.
 
-May be stopped at any step and run again: the checkpoint's index is the last write, and before it nothing has changed
-for anybody (a milestone changes nothing when the log grows into it). Bytes of the cells are not read (`verify` does).
+May be stopped at any step and run again. Bytes of the cells are not read (`verify` does that). Steps and order are
+those of `testing.protocol_model`, which shows for each what goes wrong without it.
 Raises `Invalid` (something claims an impossible version), and the store's `Unavailable` and `Invalid`.
 """
 
@@ -28,7 +30,7 @@ from lmcache_s3.errors import Invalid, Unavailable, Unusable
 from lmcache_s3.extent import MAX_METADATA_BYTES, record_from_metadata
 from lmcache_s3.identity import Space
 from lmcache_s3.index.delta import MAX_INTEGER, Delta, check_record, encode_delta, name_of
-from lmcache_s3.index.history import list_versions
+from lmcache_s3.index.history import as_far_as_readable, list_versions
 from lmcache_s3.index.manifest import (
     EMPTY,
     MILESTONE,
@@ -43,7 +45,7 @@ from lmcache_s3.index.manifest import (
 )
 from lmcache_s3.index.segments import encode_checkpoint
 from lmcache_s3.tiers.stores.base import ObjectStore
-from lmcache_s3.types import ExtentRecord, ObjectInfo, Outcome, extent_prefix, shard_key, space_prefix
+from lmcache_s3.types import ExtentName, ExtentRecord, ObjectInfo, Outcome, extent_prefix, shard_key, space_prefix
 
 MAX_MILESTONES = 2**16
 """More would have to be created only if something claims a version that never was."""
@@ -65,18 +67,21 @@ class Rejected:
 class RebuildReport:
     """What was done, or in a dry run would be.
 
-    tip: the newest version that anything shows. version: of the checkpoint. milestones: created. extents, chunks,
-    encoded_bytes: live afterwards. covered: uploads that add nothing to these.
+    tip: the newest version that anything shows. version: of the checkpoint. milestones: created. readable: the version
+    up to which the old manifest could be read. extents, chunks, encoded_bytes: live afterwards. covered: uploads that
+    add nothing to these. dead: uploads that the old manifest had given up. rejected: those that are not whole.
     """
 
     dry_run: bool
     tip: int = 0
     version: int = 0
     milestones: int = 0
+    readable: int = 0
     extents: int = 0
     chunks: int = 0
     encoded_bytes: int = 0
     covered: int = 0
+    dead: int = 0
     rejected: list[Rejected] = field(default_factory=list)
 
 
@@ -94,24 +99,26 @@ def rebuild(
     """See the module. writer: ULID of this process. nonce: of the checkpoint, 32 hex digits. progress: called 256 times
     from any thread, with the number of whole extents among each 256th of the names."""
     report = RebuildReport(dry_run)
-    records = _read_all(store, space, report, executor, progress)
-    missing = _plan(store, space.id, records, milestone, report)
-    state = _state(records, writer, report)
+    before = as_far_as_readable(store, space.id, readers=executor)
+    report.readable = before.version
+    found = _read_all(store, space, report, executor, progress)
+    alive = [record for record in found.records if record.name in before.extents or record.name.born >= before.floor]
+    report.dead = len(found.records) - len(alive)
+    missing = _plan(store, space.id, max(found.newest_born, before.version), milestone, report)
+    state = _state(alive, writer, report)
     if not dry_run:
         _write(store, space.id, state, missing, writer, nonce)
     return report
 
 
-def _plan(
-    store: ObjectStore, space_id: str, records: list[ExtentRecord], milestone: int, report: RebuildReport
-) -> list[int]:
-    """The versions to create, the last being M; report.tip and .version."""
+def _plan(store: ObjectStore, space_id: str, born: int, milestone: int, report: RebuildReport) -> list[int]:
+    """The milestones to create; report.tip and .version. born: of the newest extent, whole or not."""
     there = list_versions(store, space_id).numbers
     shown = {
         "a version of the log": int(there[-1]) if len(there) else 0,
         "a checkpoint": max(_checkpoint_versions(store, space_id), default=0),
         "a segment": max(_segment_versions(store, space_id), default=0),
-        "an extent's name": max((record.name.born for record in records), default=0),
+        "an extent's name": born,
     }
     report.tip = max(shown.values())
     last = fence(report.tip, milestone) + milestone
@@ -184,40 +191,49 @@ def _create(store: ObjectStore, key: str, body: bytes) -> None:
 # ---- reading the extents ---------------------------------------------------------------------------------------------
 
 
+@dataclass(slots=True)
+class _Found:
+    """records: of whole extents, in any order. newest_born: of all names."""
+
+    records: list[ExtentRecord] = field(default_factory=list)
+    newest_born: int = 0
+
+
 def _read_all(
     store: ObjectStore,
     space: Space,
     report: RebuildReport,
     executor: Executor | None,
     progress: Callable[[int], object],
-) -> list[ExtentRecord]:
-    """Every whole extent, in any order."""
+) -> _Found:
     lock = threading.Lock()
-    records: list[ExtentRecord] = []
+    all_found = _Found()
 
     def read(shard: int) -> None:
         prefix = f"{space_prefix(space.id)}extents/{shard:02x}/"
-        found, rejected = [], []
+        found, rejected, born = [], [], 0
         listed = store.list(prefix)
         for text, objects in groupby(listed, key=lambda info: info.key.removeprefix(prefix).partition("/")[0]):
             try:
-                found.append(_read(store, space, text, objects))
+                name = name_of(text)
+                born = max(born, name.born)
+                found.append(_read(store, space, name, objects))
             except Unusable as e:
                 rejected.append(Rejected(text[:200], str(e)[:200]))
         with lock:
-            records.extend(found)
+            all_found.records.extend(found)
+            all_found.newest_born = max(all_found.newest_born, born)
             report.rejected += rejected
         progress(len(found))
 
     _each(executor, read, range(_SHARDS))
     report.rejected.sort(key=lambda r: r.extent)
-    return records
+    return all_found
 
 
-def _read(store: ObjectStore, space: Space, text: str, objects: Iterable[ObjectInfo]) -> ExtentRecord:
+def _read(store: ObjectStore, space: Space, name: ExtentName, objects: Iterable[ObjectInfo]) -> ExtentRecord:
     """The record of the extent under this name. Raises `Unusable` for what is not whole or not what it should be."""
     sizes = {info.key: info.size_bytes for info in objects}
-    name = name_of(text)
     prefix = extent_prefix(space.id, name)
     if f"{prefix}/zarr.json" not in sizes:
         raise Unusable("no zarr.json: the upload never ended", kind="missing")

@@ -152,6 +152,50 @@ def test_a_log_that_lost_its_newest_versions(store: ClockedStore, records: list[
     assert {r.name for r in records} == set(open_log(store).state.extents)
 
 
+def test_what_a_collector_may_be_deleting_stays_dead(store: ClockedStore, records: list[ExtentRecord]) -> None:
+    log = open_log(store)
+    leaf, tenant = records[2], records[3]
+    log.commit([], [leaf.name, tenant.name], floor=tenant.name.born)
+    assert leaf.name.born < log.state.floor <= tenant.name.born
+    report = run(store)
+    assert (report.readable, report.dead, report.extents) == (log.state.version, 1, 3)
+    after = set(open_log(store).state.extents)
+    assert leaf.name not in after, "a DELETE of it may be under way"
+    assert tenant.name in after, "nobody may delete it"
+    lose_the_manifest(store)
+    assert run(store).extents == 4, "nobody knows any more that it was removed"
+
+
+def test_a_replica_ahead_of_all_commits_is_fenced_by_what_it_uploads(store: ClockedStore) -> None:
+    fill(store, SPACE, LONG)
+    name = ExtentName.fresh(b"\1" * 16, 1, "fast", 100)
+    store.put(extent_prefix(SPACE.id, name) + "/c/0/0/0/0/0", b"part of an upload under way")
+    report = run(store)
+    assert report.tip == 100
+    assert report.version > 100 + MILESTONE
+
+
+def test_the_past_goes_on_until_the_checkpoint_is_there(store: ClockedStore, records: list[ExtentRecord]) -> None:
+    """Stopped between milestones and checkpoint: the old history runs through the milestones."""
+    writer = open_log(store)
+    with pytest.raises(Unavailable):
+        run(FaultyStore(store, [Fault(mode="error", verbs=frozenset({"put"}))]))
+    for _ in range(3 * MILESTONE):
+        record = fill_none(writer)
+        assert writer.commit([record]) == [Verdict.LIVE]
+    live = set(writer.state.extents)
+    assert {r.name for r in records} < live
+    assert open_log(store).state == writer.state
+    assert run(store).version > writer.state.version
+
+
+def fill_none(log: Log) -> ExtentRecord:
+    """A record without objects: a rebuild will not find it."""
+    fresh = secrets.token_bytes(16)
+    name = ExtentName.fresh(fresh, 1, "fast", log.state.version)
+    return ExtentRecord(name, Grid(), b"\0" * 16, 0, fresh, b"\1\0\0\0", b"\2" * 8, 1)
+
+
 def test_a_dry_run_changes_nothing_and_says_the_same(store: ClockedStore, records: list[ExtentRecord]) -> None:
     lose_the_manifest(store)
     before = dict(store.objects)
