@@ -195,8 +195,8 @@ class Collector:
     def _now_s(self) -> float:
         """The store's time: Last-Modified of an object written just now."""
         key = f"probe/{self.log.nonce()}"
-        self.store.put(key, b"gc")
         try:
+            self.store.put(key, b"gc")
             written = next(iter(self.store.list(key, limit=1)), None)
         finally:
             self.store.delete(key)

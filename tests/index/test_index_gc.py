@@ -444,6 +444,40 @@ def test_a_newest_checkpoint_superseded_meanwhile_is_no_damage(store: ClockedSto
     assert checkpoints_there(store) == [log.state.version]
 
 
+def test_stopped_at_any_write_and_run_again(store: ClockedStore, log: Log) -> None:
+    for _ in range(13):
+        stored(log)
+    log.checkpoint()
+    upload(store, make_record(0))
+    store.now_s += 2 * HOUR_S
+    log.commit([], [next(iter(log.state.extents))], floor=2)
+    log.checkpoint()
+    wanted: dict[str, Any] = {"history_s": 0, "max_bytes": 100}
+    whole = store.copy()
+    done = open_log(whole)
+    for _ in range(2):
+        collect(done, **wanted)
+    stops = 0
+    while True:
+        broken = store.copy()
+        stopped = open_log(broken, attempts=1)
+        writes: frozenset[Any] = frozenset({"put", "create", "delete"})
+        stopped.store = FaultyStore(broken, [Fault(mode="error", verbs=writes, skip=stops)])
+        try:
+            collect(stopped, max_attempts=1, **wanted)
+        except (Unavailable, Conflict):
+            stops += 1
+        else:
+            break
+        again = open_log(broken)
+        assert set(again.state.extents) <= extents_there(broken)
+        for _ in range(2):
+            collect(again, **wanted)
+        assert extents_there(broken) == extents_there(whole) == set(again.state.extents)
+        assert versions_there(broken)[:3] == versions_there(whole)[:3]
+    assert stops > 12
+
+
 # ---- any history ----
 
 STEPS = st.lists(
