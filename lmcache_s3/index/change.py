@@ -41,11 +41,28 @@ class Change:
         return sum(map(record_size, self.add)) + _NAME_BYTES * (len(self.remove) + len(self.access))
 
     def is_judged(self, state: State) -> bool:
-        """Whether the state says all of it: added extents live, void or covered, removed ones not live. (Access is a
-        hint: nobody waits for it.)"""
-        return all(name not in state.extents for name in self.remove) and all(
-            judged(state, record) is not None for record in self.add
+        """Whether the state says all of it: added extents live, void or covered, removed ones not live; what is in both
+        is removed. (Access is a hint: nobody waits for it.)"""
+        gone = set(self.remove)
+        return all(name not in state.extents for name in gone) and all(
+            record.name in gone or judged(state, record) is not None for record in self.add
         )
+
+    def parts(self, limit_bytes: int = GROUP_BYTES) -> list[Change]:
+        """The same in several, each up to about `limit_bytes` (or one extent)."""
+        if self.size_bytes <= limit_bytes:
+            return [self]
+        singles = [
+            *(_Single(Change(add=(record,))) for record in self.add),
+            *(_Single(Change(remove=(name,))) for name in self.remove),
+            *(_Single(Change(access=(name,))) for name in self.access),
+        ]
+        return [joined(single.change for single in group) for group in grouped(singles, limit_bytes)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Single:
+    change: Change
 
 
 class Wanted(Protocol):

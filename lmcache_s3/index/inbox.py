@@ -73,10 +73,11 @@ class InboxCounters:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HandedOver:
-    """An inbox object as it was read."""
+    """An inbox object as it was read, or a part of it: one too long to share a version is committed in several."""
 
     key: str
     change: Change
+    whole: Change
 
 
 class Inbox:
@@ -118,13 +119,14 @@ class Inbox:
 
         judged, waiting = self._sorted(found)
         self._forget(judged)
-        items: list[HandedOver | W] = [*waiting, *own]
+        parts = (HandedOver(one.key, part, one.whole) for one in waiting for part in one.change.parts())
+        items: list[HandedOver | W] = [*parts, *own]
         for group in grouped(items):
             self._commit(group)
             handed = [one for one in group if isinstance(one, HandedOver)]
             confirmed([one for one in group if not isinstance(one, HandedOver)])
             self.counters.merged += len(handed)
-            self._forget([one for one in handed if one.change.is_judged(self.log.state)])
+            self._forget([one for one in handed if one.whole.is_judged(self.log.state)])
         return arrived
 
     # ---- in small steps ----------------------------------------------------------------------------------------------
@@ -158,7 +160,7 @@ class Inbox:
             elif isinstance(change, Unavailable):
                 failed.append(change)
             elif change is not None:
-                found.append(HandedOver(info.key, change))
+                found.append(HandedOver(info.key, change, change))
         self.counters.unread += len(failed)
         if failed and not found:
             raise failed[0]
@@ -191,7 +193,7 @@ class Inbox:
 
     def _forget(self, judged: Sequence[HandedOver]) -> None:
         """Delete what a confirmed state judged."""
-        self.counters.deleted += self._delete([one.key for one in judged])
+        self.counters.deleted += self._delete(list({one.key: None for one in judged}))
 
     def _delete(self, keys: Sequence[str]) -> int:
         """How many are gone. The others are found judged, and deleted, next time."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -270,6 +271,41 @@ def test_a_committer_gives_way_to_a_new_leader_and_hands_over(fleet: Fleet) -> N
     fleet.run(4)
     assert set(fleet.answers) == {record.name, other.name}
     assert c.hand_overs.handed_over == 1
+
+
+def test_a_leader_writes_the_checkpoints_that_are_due(fleet: Fleet) -> None:
+    leader = Follower(fleet.log(checkpoint_every=4), Pacing(), rng=random.Random(1), ulid=lambda: str(ULID()))
+    fleet.followers.append(leader)
+    writer = fleet.add(poll_s=0.5, hand_over_s=0.5)
+    lead(leader)
+    writer.poll()
+    for _ in range(10):
+        fleet.store_one(writer)
+        fleet.run(1.0)
+    assert leader.log.counters.checkpoints >= 2
+    assert writer.log.counters.checkpoints == 0
+    assert fleet.log().open() == leader.log.sync()
+
+
+def test_a_store_that_is_away_is_asked_less_and_less_often(fleet: Fleet) -> None:
+    faulty = FaultyStore(fleet.store)
+    writer = fleet.add(faulty, poll_s=1.0)
+    record = fleet.store_one(writer)
+    faulty.faults = [Fault(mode="error")]
+    asked = []
+    for _ in range(12):
+        fleet.clock.now_s = max(fleet.clock.now_s, writer.due_s())
+        asked.append(fleet.clock.now_s)
+        with pytest.raises(Unavailable):
+            writer.step()
+    pauses = [later - earlier for earlier, later in pairwise(asked)]
+    assert all(0.05 * 2**i <= pause <= 60 for i, pause in enumerate(pauses[:9], 1))
+    assert max(pauses) > 30
+    assert writer.pending == 1
+    faulty.faults = []
+    fleet.run(61.0)
+    assert fleet.answers == {record.name: [Verdict.LIVE]}
+    assert writer.due_s() - fleet.clock() <= 1.1, "back to its polls"
 
 
 # ---- what dies, stalls and gets lost ---------------------------------------------------------------------------------
@@ -546,6 +582,34 @@ def test_big_inboxes_are_read_in_parallel_and_committed_in_several_versions(flee
         data = fleet.store.get(log_key(SPACE_ID, version))
         assert len(data) <= GROUP_BYTES
         assert decode_delta(data, version).writer == log.writer
+
+
+def test_the_longest_hand_over_is_merged_whole_and_stops_nobody(fleet: Fleet) -> None:
+    """16 MiB, written by another program: what we make of it must not be longer than a version may be."""
+    live, last = make_record(), make_record()
+    log = fleet.log()
+    log.commit([live])
+    delta = Delta(OTHER, add=tuple(make_record(chunks=2**15) for _ in range(13)), remove=(live.name,))
+    body = encode_delta(delta).replace(b'"floor":0,"access":[],', b"").replace(b'{"format"', b'{ "format"')
+    body += b" " * (16 * 2**20 - len(body))
+    key = inbox_key(SPACE_ID, str(ULID()))
+    fleet.store.put(key, body)
+    fleet.store.put(inbox_key(SPACE_ID, str(ULID())), encode_delta(Delta(OTHER, add=(last,))))
+    inbox = Inbox(log)
+    inbox.merge()
+    assert not fleet.inbox()
+    assert set(log.state.extents) == {record.name for record in delta.add} | {last.name}
+    assert inbox.counters.deleted == 2
+    assert log.state.version > 3
+
+
+def test_what_is_added_and_removed_at_once_is_merged_as_removed(fleet: Fleet) -> None:
+    log = fleet.log()
+    record, other = make_record(), make_record()
+    fleet.store.put(inbox_key(SPACE_ID, str(ULID())), encode_delta(Delta(OTHER, (record, other), (record.name,))))
+    Inbox(log).merge()
+    assert not fleet.inbox()
+    assert set(log.state.extents) == {other.name}
 
 
 def test_a_round_reads_a_bounded_part(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
