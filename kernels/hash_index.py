@@ -25,6 +25,10 @@ NEVER = np.iinfo(np.uint64).max
 """`removed_at` of an owner that is live."""
 
 
+_AHEAD = 32
+"""Rows whose slots are fetched at once."""
+
+
 def shift_of(slots: np.ndarray) -> np.uint64:
     """How far a 64-bit product is shifted down to be a slot number."""
     return np.uint64(64 - (slots.size.bit_length() - 1))
@@ -45,18 +49,27 @@ def insert(
     Returns −1, or the owner that holds one hash twice (the table is then unusable).
     """
     mask = np.uint64(slots.size - 1)
-    for i in range(rows.size):
-        row = rows[i]
-        begin = starts[owner[row]]
-        at = (hashes[row, 0] * seed) >> shift
-        while slots[at] != 0:
-            other = np.int64(slots[at]) - 1
-            # Rows of one owner lie together: only they can lie between its first row and this one.
-            if begin <= other < row and hashes[other, 0] == hashes[row, 0] and hashes[other, 1] == hashes[row, 1]:
-                return np.int64(owner[row])
-            at = (at + np.uint64(1)) & mask
-        slots[at] = np.uint32(row + 1)
-    return np.int64(-1)
+    homes = np.empty(_AHEAD, np.uint64)
+    touched = np.uint32(0)
+    for first in range(0, rows.size, _AHEAD):
+        n = min(_AHEAD, rows.size - first)
+        for j in range(n):
+            homes[j] = (hashes[rows[first + j], 0] * seed) >> shift
+        # Independent loads, so that their cache misses overlap; the loop below then finds its slots in the cache.
+        for j in range(n):
+            touched |= slots[homes[j]]
+        for j in range(n):
+            row = rows[first + j]
+            begin = starts[owner[row]]
+            at = homes[j]
+            while slots[at] != 0:
+                other = np.int64(slots[at]) - 1
+                # Rows of one owner lie together: only they can lie between its first row and this one.
+                if begin <= other < row and hashes[other, 0] == hashes[row, 0] and hashes[other, 1] == hashes[row, 1]:
+                    return np.int64(owner[row])
+                at = (at + np.uint64(1)) & mask
+            slots[at] = np.uint32(row + 1)
+    return np.int64(-1) if touched >= 0 else np.int64(0)
 
 
 @partial(kernel, nogil=False)

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from lmcache_s3.errors import Invalid, Unusable
 
@@ -252,8 +252,7 @@ class ExtentRecord:
         return out
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkRef:
+class ChunkRef(NamedTuple):
     """One matched chunk: the extent that holds it and its position there."""
 
     prefix_hash: bytes

@@ -16,6 +16,7 @@ class Benchmark(StrEnum):
     """Each is a module of `lmcache_s3.benchmarks` with `main(json_path)`, imported when it is asked for."""
 
     E2E = "e2e"
+    INDEX = "index"
 
 
 def bench(

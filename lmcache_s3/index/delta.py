@@ -12,11 +12,13 @@ import base64
 import binascii
 import json
 import re
+import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lmcache_s3.errors import Unusable
+from lmcache_s3.index.courtesy import breathe
 from lmcache_s3.types import FORMAT_VERSION, HASH_BYTES, ExtentName, ExtentRecord, Grid
 
 MAX_VERSION_BYTES = 16 * 2**20
@@ -92,13 +94,18 @@ def decode_delta(data: bytes, version: int) -> Delta:
 
 def check_record(record: ExtentRecord) -> None:
     """Raises `Unusable` if the record exceeds the format's bounds (its lengths were checked when it was made)."""
+    name_of(str(record.name))
+    _check_bounds(record)
+
+
+def _check_bounds(record: ExtentRecord) -> None:
+    """All but the name."""
     name, cells = record.name, record.name.n_chunks * record.grid.shards
-    name_of(str(name))
     if record.grid.stages < 1 or record.grid.head_groups < 1 or cells > MAX_CELLS:
         raise _bad(f"extent {name}: {cells} cells; a grid is positive and an extent has at most {MAX_CELLS} cells")
     if max(record.first_token, record.raw_bytes) > MAX_INTEGER:
         raise _bad(f"extent {name}: numbers beyond 63 bits")
-    if len(set(record.chunk_hashes())) != record.n_chunks:
+    if len(set(struct.iter_unpack(f"{HASH_BYTES}s", record.hashes))) != record.n_chunks:
         raise _bad(f"extent {name}: a prefix hash occurs twice")
 
 
@@ -182,7 +189,8 @@ def _record(value: object) -> ExtentRecord:
         sums=_base64(value.get("sums"), "sums"),
         raw_bytes=integer(value.get("raw_bytes"), "raw_bytes", low=1),
     )
-    check_record(record)
+    _check_bounds(record)
+    breathe()
     return record
 
 

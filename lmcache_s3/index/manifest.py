@@ -18,6 +18,7 @@ from enum import Enum
 import numpy as np
 
 from lmcache_s3.errors import Unusable
+from lmcache_s3.index.courtesy import breathe
 from lmcache_s3.index.delta import (
     MAX_CELLS,
     MAX_CHUNKS,
@@ -326,13 +327,20 @@ def apply(state: State, delta: Delta) -> State:
 def _extended(state: State, delta: Delta) -> State:
     table, version = state.table, state.version + 1
     fresh: dict[ExtentName, int] = {}
-    for place, record in enumerate(delta.add):
-        if record.name.born >= state.floor and record.name not in fresh and state.owner_of(record.name) is None:
+    known = table.might_know(state.arrays, [record.name for record in delta.add])
+    for place, (record, maybe) in enumerate(zip(delta.add, known, strict=True)):
+        if record.name.born < state.floor or record.name in fresh:
+            continue
+        if not maybe or state.owner_of(record.name) is None:
             fresh[record.name] = place
+    breathe()
     n_extents, n_chunks = state.n_extents, state.n_chunks
     if fresh:
         records = [delta.add[place] for place in fresh.values()]
-        table.append(batch_of(records, version, list(fresh.values())))
+        batch = batch_of(records, version, list(fresh.values()))
+        breathe()
+        table.append(batch)
+        breathe()
         n_extents += len(records)
         n_chunks += sum(record.n_chunks for record in records)
     a = table.arrays

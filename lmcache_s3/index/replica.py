@@ -18,7 +18,7 @@ import numpy as np
 
 from lmcache_s3.index.manifest import EMPTY, State
 from lmcache_s3.index.table import Array, keys_of
-from lmcache_s3.types import HASH_BYTES, ChunkRef, ExtentName, ExtentRecord
+from lmcache_s3.types import HASH_BYTES, ChunkRef, ExtentName
 
 _NOBODY_HIDDEN = np.empty(0, np.int64)
 
@@ -26,10 +26,10 @@ _NOBODY_HIDDEN = np.empty(0, np.int64)
 class Matched(Sequence[ChunkRef]):
     """A run of chunks found in one state. Its length is known at once; chunks and records are made when asked for."""
 
-    __slots__ = ("_chunks", "_rows", "_state")
+    __slots__ = ("_chunks", "_hashes", "_rows", "_state")
 
-    def __init__(self, state: State, rows: Array) -> None:
-        self._state, self._rows = state, rows
+    def __init__(self, state: State, rows: Array, hashes: Sequence[bytes]) -> None:
+        self._state, self._rows, self._hashes = state, rows, hashes
         self._chunks: list[ChunkRef] | None = None
 
     def __len__(self) -> int:
@@ -41,7 +41,7 @@ class Matched(Sequence[ChunkRef]):
     def __getitem__(self, i: slice) -> Sequence[ChunkRef]: ...
     def __getitem__(self, i: int | slice) -> ChunkRef | Sequence[ChunkRef]:
         if self._chunks is None and isinstance(i, slice):
-            return Matched(self._state, self._rows[i])
+            return Matched(self._state, self._rows[i], self._hashes[i])
         return self._all()[i]
 
     def __iter__(self) -> Iterator[ChunkRef]:
@@ -58,17 +58,12 @@ class Matched(Sequence[ChunkRef]):
     def _all(self) -> list[ChunkRef]:
         """Chunks of one extent share its record."""
         if self._chunks is None:
-            a, records = self._state.arrays, dict[int, ExtentRecord]()
+            a = self._state.arrays
             owners = a.rows.owner[self._rows]
-            hashes = a.rows.hashes[self._rows].tobytes()
             positions = (self._rows - a.owners.starts[owners]).tolist()
-            chunks = []
-            for i, (owner, position) in enumerate(zip(owners.tolist(), positions, strict=True)):
-                record = records.get(owner)
-                if record is None:
-                    record = records[owner] = self._state.record(owner)
-                chunks.append(ChunkRef(hashes[HASH_BYTES * i : HASH_BYTES * (i + 1)], record, position))
-            self._chunks = chunks
+            listed = owners.tolist()
+            records = {owner: self._state.record(owner) for owner in dict.fromkeys(listed)}
+            self._chunks = list(map(ChunkRef, self._hashes, map(records.__getitem__, listed), positions))
         return self._chunks
 
 
@@ -97,7 +92,8 @@ class Replica:
         """The longest known run from the first hash on (16 bytes each)."""
         state, hidden = self._view
         rows = np.empty(len(hashes), np.int64)
-        return Matched(state, rows[: state.match(keys_of(hashes), hidden, rows)])
+        n = state.match(keys_of(hashes), hidden, rows)
+        return Matched(state, rows[:n], hashes[:n])
 
     def find(self, prefix_hash: bytes) -> ChunkRef | None:
         found = self.match([prefix_hash])

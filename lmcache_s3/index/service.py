@@ -26,6 +26,7 @@ from ulid import ULID
 
 from lmcache_s3.errors import Bug, Invalid, LMCacheS3Error, Unavailable, Unusable
 from lmcache_s3.index.change import Change
+from lmcache_s3.index.courtesy import be_courteous
 from lmcache_s3.index.follower import Follower, Pacing
 from lmcache_s3.index.log import CHECKPOINT_EVERY, Log, LogLimits
 from lmcache_s3.index.manifest import MAX_VERSION_BYTES, LiveExtent, State, Verdict, check_record
@@ -401,6 +402,7 @@ class Index:
                 self._follower.fail_all(e)
 
     def _run(self) -> None:
+        be_courteous()
         try:
             while self._wait():
                 try:

@@ -247,6 +247,15 @@ class Table:
             raw_bytes=int(o.raw_bytes[owner]),
         )
 
+    def might_know(self, a: Arrays, names: Sequence[ExtentName]) -> list[bool]:
+        """For each name, whether any extent has its nonce; quicker than asking for each."""
+        keys = _pairs(bytes.fromhex("".join(name.nonce for name in names)))
+        o, shift, found = a.owners, hash_index.shift_of(a.names), np.empty(len(names), np.int64)
+        never = np.uint64(0)  # any version: removed ones too
+        hash_index.resolve(a.names, a.seed, shift, o.nonces, o.itself, o.removed_at, self.n_owners, never, keys, found)
+        known: list[bool] = (found >= 0).tolist()
+        return known
+
     def owner_of(self, a: Arrays, owners: int, version: int, name: ExtentName) -> int | None:
         """The live owner of that name at a version, among the first `owners`."""
         key = np.frombuffer(bytes.fromhex(name.nonce), np.uint64)
