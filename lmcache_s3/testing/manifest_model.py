@@ -122,6 +122,7 @@ class Rules:
     hand_overs: type[HandOvers] = HandOvers
     uploads_first: bool = True
     fresh_names: bool = True
+    rebuild: Callable[..., object] = rebuild
     sweeps_covered: bool = False
     """Writers delete what they uploaded for nothing."""
 
@@ -429,7 +430,8 @@ class World:
         self._is_rebuilding = True
         try:
             nonce = f"{self.number():032x}"
-            rebuild(_Offline(self, writes), SPACE, writer=_REBUILDER, nonce=nonce, milestone=self.milestone)
+            store = _Offline(self, writes)
+            self.rules.rebuild(store, SPACE, writer=_REBUILDER, nonce=nonce, milestone=self.milestone)
             self.rebuilt += 1
         except _Crash:
             pass
@@ -711,18 +713,19 @@ def sweeper(me: Process) -> None:
 
 # ---- seeded runs -----------------------------------------------------------------------------------------------------
 
-CASTS = ("direct", "followers", "mixed", "log")
+CASTS = ("direct", "followers", "mixed", "log", "rebuild")
 _DELTA_WRITES = ("put", "create", "delete")
 
 
 def populate(world: World, cast: str, extents: int = 10) -> None:
     """direct: writers that commit. followers: writers that hand over and lead. mixed: both. log: a long history, of
-    which little is left."""
+    which little is left. rebuild: as direct, but in `play` there always is a rebuild that crashes."""
     first, second = {
         "direct": (writer, writer),
         "followers": (follower, follower),
         "mixed": (follower, writer),
         "log": (writer, writer),
+        "rebuild": (writer, writer),
     }[cast]
     if cast == "log":
         world.prompts = 1000
@@ -743,13 +746,15 @@ def play(seed: int, rules: Rules = Rules(), *, steps: int = 1000, cast: str | No
     rng = random.Random(seed)
     world = World(rules=rules, seed=seed)
     try:
-        populate(world, cast or CASTS[seed % len(CASTS)])
+        cast = cast or CASTS[seed % len(CASTS)]
+        populate(world, cast)
         faults = rng.choice([0.0, 0.05, 0.2])
-        rebuild_at = rng.randrange(steps) if rng.random() < 0.2 else None
+        crashes = cast == "rebuild"
+        rebuild_at = rng.randrange(steps // 2) if crashes or rng.random() < 0.2 else None
         asleep: dict[Process, int] = {}
         for now in range(steps):
             if now == rebuild_at:
-                world.rebuild(rng.choice([*[None] * 8, *range(8)]))
+                world.rebuild(rng.choice(range(8)) if crashes or rng.random() < 0.5 else None)
                 world.check()
             awake = [p for p in world.processes if not p.ended and not p.crashed and asleep.get(p, 0) <= now]
             if awake:
@@ -762,13 +767,39 @@ def play(seed: int, rules: Rules = Rules(), *, steps: int = 1000, cast: str | No
     return world
 
 
+def halt(seed: int, who: int, request: int, *, forever: bool, cast: str = "mixed") -> bool:
+    """A seeded run without other faults in which process `who` stops before its request number `request`: it crashed
+    (`forever`), or goes on when all others have done what they wanted. Whether it came so far."""
+    rng = random.Random(seed)
+    world = World(seed=seed)
+    try:
+        populate(world, cast, extents=5)
+        halted, made = world.processes[who], 0
+        for _ in range(600):
+            awake = [p for p in world.processes if not p.ended and (p is not halted or made < request)]
+            process = rng.choice(awake)
+            made += process is halted
+            process.step()
+            world.check()
+        reached = made == request and not halted.ended
+        halted.crashed = True
+        world.finish()
+        halted.crashed = forever
+        world.finish()
+    except Violation as e:
+        raise Violation(f"seed {seed}, {halted.name} halts before request {request}: {e}") from e
+    finally:
+        world.close()
+    return reached
+
+
 def _turn(
     world: World, process: Process, rng: random.Random, faults: float, asleep: dict[Process, int], now: int
 ) -> None:
     verb, key = process.at or ("", "")
     about_to_create = verb == "create" and key.startswith(_LOG)
     if rng.random() < (0.3 if about_to_create else 0.1 if verb == "delete" else 0.02):
-        asleep[process] = now + rng.randrange(20, 250)
+        asleep[process] = now + rng.randrange(20, 600 if process.name == "reader" else 250)
         return
     if key.startswith(_INBOX) and process.name.startswith("writer") and rng.random() < 0.02:
         process.crashed = True

@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 from lmcache_s3.errors import Unavailable
 from lmcache_s3.index import change, inbox, log, manifest
+from lmcache_s3.index import rebuild as rebuilding
 from lmcache_s3.index.delta import Delta, encode_delta
 from lmcache_s3.index.gc import Checkpoint, Collector
 from lmcache_s3.index.inbox import HandedOver, HandOvers, Inbox
@@ -24,6 +25,7 @@ from lmcache_s3.index.log import Log, _Read
 from lmcache_s3.index.manifest import State, Verdict, fence, log_key
 from lmcache_s3.testing import manifest_model
 from lmcache_s3.testing.manifest_model import Rules, Violation, object_keys, play
+from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.types import ExtentName, ExtentRecord, Outcome
 
 SEEDS = range(400)
@@ -50,6 +52,11 @@ def caught(mutant: Mutant, seeds: Iterable[int] = SEEDS) -> Violation | None:
             except Violation as violation:
                 return violation
     return None
+
+
+def missed(mutants: Iterable[Mutant] | None = None) -> list[str]:
+    """Names of the mutants that nobody noticed; of all by default (half a minute). None should be."""
+    return [mutant.name for mutant in (MUTANTS if mutants is None else mutants) if caught(mutant) is None]
 
 
 @contextmanager
@@ -233,6 +240,24 @@ class NoMerge(Collector):
         pass
 
 
+# ---- rebuild ---------------------------------------------------------------------------------------------------------
+
+
+def _write_last_milestone_last(
+    store: ObjectStore, space_id: str, state: State, missing: list[int], writer: str, nonce: str
+) -> None:
+    _write(store, space_id, state, missing[:-1], writer, nonce)
+    store.create(log_key(space_id, missing[-1]), encode_delta(Delta(writer)))
+
+
+_write = rebuilding._write
+
+
+def _rebuild_last_milestone_last(*args: Any, **more: Any) -> object:
+    with patch.object(rebuilding, "_write", _write_last_milestone_last):
+        return rebuilding.rebuild(*args, **more)
+
+
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +309,12 @@ MUTANTS = (
     Mutant("covered_early", "covered hand-overs go before confirmation", Rules(inbox=CoveredEarly), "followers"),
     Mutant("covered_swept", "a covered upload is deleted at once", Rules(sweeps_covered=True), "followers"),
     Mutant("handover_forgotten", "a hand-over is never taken back", Rules(hand_overs=Forgotten), "followers"),
+    Mutant(
+        "rebuild_last_late",
+        "rebuild creates its last milestone after the checkpoint",
+        Rules(rebuild=_rebuild_last_milestone_last),
+        "rebuild",
+    ),
     Mutant("gc_no_merge", "collectors leave the inbox alone", Rules(collector=NoMerge), "followers"),
 )
 """Each must be caught."""

@@ -1,5 +1,5 @@
-"""The real protocol code under arbitrary interleavings: lost answers, late and repeated writes, stalls, crashes, deletion,
-rebuilds.
+"""The real protocol code under arbitrary interleavings: lost answers, late and repeated writes, stalls, crashes,
+deletion, rebuilds.
 
 `TestWorld` lets hypothesis choose every step (and shrink a failure). The seeded runs are longer and lean towards what
 breaks such protocols: a process that stalls just before a write while the others pass by. Each mutant of the protocol
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lmcache_s3.testing.manifest_model import CASTS, Fate, Process, Violation, World, play, populate
+from lmcache_s3.testing.manifest_model import CASTS, Fate, Process, Violation, World, halt, play, populate
 from lmcache_s3.testing.mutants import MUTANTS, Mutant, caught
 
 
@@ -71,7 +71,7 @@ TestWorld.settings = settings(
     max_examples=50, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
-SEEDS = 60
+SEEDS = 40
 
 
 def test_seeded_runs_hold() -> None:
@@ -86,15 +86,17 @@ def test_seeded_runs_hold() -> None:
     assert seen["deleted manifest/log"] > SEEDS, seen
     assert seen["deleted extents"] > SEEDS, seen
     assert seen["handed over"] > SEEDS, seen
-    assert seen["led"] > SEEDS, seen
+    assert seen["led"] > SEEDS // 2, seen
     assert seen["access"] > SEEDS // 4, seen
     assert seen["rebuilt"] > 2, seen
 
 
 @pytest.mark.slow
-def test_many_seeded_runs_hold() -> None:
-    for seed in range(10_000, 11_000):
-        play(seed)
+@pytest.mark.parametrize("cast", CASTS)
+def test_many_seeded_runs_hold(cast: str) -> None:
+    """The runs in which `test_mutants_are_caught` catches them: without a mutation they hold."""
+    for seed in range(5_000, 5_200):
+        play(seed, cast=cast)
 
 
 @pytest.mark.slow
@@ -103,6 +105,28 @@ def test_long_interleavings() -> None:
         max_examples=250, stateful_step_count=80, deadline=None, suppress_health_check=list(HealthCheck)
     )
     WorldMachine.TestCase("runTest").runTest()
+
+
+def _halts(seed: int, every: int, cast: str) -> int:
+    """Each process of a run halts at each `every`-th of its requests, for ever and for long; how many did."""
+    halted = 0
+    for who in range(6 if cast == "followers" else 5):
+        for forever in (True, False):
+            request = seed % every
+            while halt(seed, who, request, forever=forever, cast=cast):
+                halted += 1
+                request += every
+    return halted
+
+
+def test_a_crash_or_stall_now_and_then() -> None:
+    assert _halts(3, 40, "followers") > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cast", CASTS)
+def test_a_crash_or_stall_at_every_request(cast: str) -> None:
+    assert _halts(3, 1, cast) > 500
 
 
 def test_the_same_seed_is_the_same_run() -> None:
@@ -125,7 +149,6 @@ QUICK_MUTANTS = (
     "inbox_early",
     "index_first",
     "sweep_newest",
-    "covered_early",
     "covered_swept",
 )
 """Those that are caught within a few runs."""
