@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -176,6 +177,7 @@ def test_look_ups_while_versions_are_applied_see_whole_versions() -> None:
             looked[0] += 1
             if len(found) > 1 or (not found and version):
                 wrong.append(f"{len(found)} extents")
+            time.sleep(0.0001)  # a look-up in an endless loop would keep the GIL from the other thread
 
     thread = threading.Thread(target=look)
     thread.start()
