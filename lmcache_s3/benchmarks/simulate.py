@@ -49,6 +49,7 @@ _CHUNKS = 4
 _CHUNK_TOKENS = 256
 _CELL_BYTES = _CHUNK_TOKENS * 128 * 1024 + 4
 """KV of Llama 3.1 8B, codec `fast`."""
+EXTENT_BYTES = _CHUNKS * _CELL_BYTES
 _OBJECT = b"."
 """Stands for the bytes of shards and zarr.json: only that they exist matters here."""
 _SHARE_OF_TURNS = 0.5
@@ -65,24 +66,28 @@ DEFAULTS = IndexSettings()
 class Plan:
     """What happens, in seconds of virtual time. past_versions: made by one instance alone before the day begins.
 
-    every_s: an instance stores an extent so often while busy. opening_s: over which the instances start; the busy
-    figures are taken after it. stray_s: the whole fleet stores one extent so often when idle. crashes: instances that
-    crash while busy, besides the leader, and are replaced. max_bytes: the collector's budget.
+    every_s: an instance stores an extent so often while busy. opening_s: over which the instances start. closing_s: the
+    end of the busy while, in which the leader and others are made to stand still; the busy figures are taken between
+    the two, with the crashes in it. stray_s: the whole fleet stores one extent so often when idle. crashes: instances
+    that crash while busy, besides the leader, and are replaced. gc_busy_s, gc_idle_s: between collections; grace_s: the
+    collector's, and how long it keeps history; max_bytes: its budget.
     """
 
     instances: int = 1000
     past_versions: int = 8150
-    busy_s: float = 2400.0
+    busy_s: float = 2100.0
     day_s: float = DAY_S
     every_s: float = 5.0
     opening_s: float = 120.0
+    closing_s: float = 180.0
     stray_s: float = 900.0
     crashes: int = 5
     leader_fails: bool = True
     stalls: bool = True
     gc_busy_s: float = 900.0
     gc_idle_s: float = 4 * 3600.0
-    max_bytes: int | None = 50_000 * _CHUNKS * _CELL_BYTES
+    grace_s: float = 3600.0
+    max_bytes: int | None = 50_000 * EXTENT_BYTES
     misbehaviour: Misbehaviour = MISBEHAVIOUR
     settings: IndexSettings = DEFAULTS
     sampled: int = 20
@@ -156,9 +161,9 @@ class Instance:
             if pause_s > 0:
                 self._waiting = True
                 sim.sleep(pause_s)
+                if not self._waiting:
+                    continue  # woken: something was submitted
                 self._waiting = False
-                if follower.due_s() > sim.clock():
-                    continue
             try:
                 follower.step()
             except LMCacheS3Error as e:
@@ -298,7 +303,7 @@ class Fleet:
 
     def collect(self, every_s: Callable[[], float]) -> None:
         """A process: a round of collection so often."""
-        settings = GcSettings(max_bytes=self.plan.max_bytes, history_s=3600.0)
+        settings = GcSettings(max_bytes=self.plan.max_bytes, grace_s=self.plan.grace_s, history_s=self.plan.grace_s)
         rng = self.sim.generator("collector")
         executor = VirtualExecutor(self.sim, self.plan.settings.merge_parallel)
         log = _log(self.sim, self.s3.client("collector"), _ulid(rng), rng, executor)
@@ -354,6 +359,7 @@ class Result:
     extents: int
     collections: int
     removed: int
+    deleted: int
     wall_s: float
 
 
@@ -376,18 +382,21 @@ def simulate(plan: Plan, steps: Steps, seed: int = SEED) -> Result:
             sim.run_until(begin_s + plan.opening_s)
             window_s, before = sim.clock(), fleet.requests()
             first_version = fleet.history.tip.version
-            _trouble(fleet, end_s)
-            sim.run_until(end_s, every_s=10.0, tick=lambda: tick(0))
+            _crashes(fleet, end_s)
+            sim.run_until(end_s - plan.closing_s, every_s=10.0, tick=lambda: tick(0))
             busy, busy_s = fleet.requests() - before, sim.clock() - window_s
             versions = fleet.history.tip.version - first_version
+            if plan.stalls:
+                _stalls(fleet)
+            sim.run_until(end_s, every_s=10.0, tick=lambda: tick(0))
         sim.run_until(end_s + min(300.0, plan.day_s / 10))  # what was under way comes to rest, the leader steps down
         idle_from_s, before = sim.clock(), fleet.requests()
-        day_end_s = max(begin_s + plan.day_s, idle_from_s + 60.0)
+        day_end_s = max(begin_s + plan.day_s, idle_from_s + 30.0)
         with steps(f"idle: the other {(day_end_s - idle_from_s) / 3600:.1f} hours") as tick:
-            _stray(fleet, day_end_s - 300.0)
+            _stray(fleet, day_end_s - 60.0)
             sim.run_until(day_end_s, every_s=30.0, tick=lambda: tick(0))
             idle, idle_s = fleet.requests() - before, sim.clock() - idle_from_s
-        visible_s = _visible(fleet, window_s, end_s)
+        visible_s = _visible(fleet, window_s, window_s + busy_s)
     with steps("cold open, and everything acknowledged looked for"):
         lost, without_bytes, acknowledged = _verify(fleet)
     prices, days = fleet.s3.prices, plan.instances / DAY_S
@@ -409,13 +418,14 @@ def simulate(plan: Plan, steps: Steps, seed: int = SEED) -> Result:
         extents=fleet.history.tip.n_extents,
         collections=len(fleet.collections),
         removed=len(fleet.history.removed),
+        deleted=sum(round_.objects["extent"] for round_ in fleet.collections),
         wall_s=time.monotonic() - began_s,
     )
 
 
 def _past(fleet: Fleet, tick: Callable[[float], None]) -> None:
-    """One instance alone, until the log is long. Half way a sleeper opens, and wakes when the fleet is busy: by then the
-    versions it wants are deleted."""
+    """One instance alone, until the log is long. Half way a sleeper opens, and wakes when the fleet is busy: by then
+    the versions it wants are deleted."""
     plan, sim = fleet.plan, fleet.sim
     alone = fleet.add("alone")
     alone.store_regularly(plan.every_s, 2 * plan.past_versions * plan.every_s)
@@ -434,36 +444,38 @@ def _past(fleet: Fleet, tick: Callable[[float], None]) -> None:
     sim.crash("alone")
 
 
-def _trouble(fleet: Fleet, end_s: float) -> None:
-    """Crashes and stalls over the busy while."""
+def _crashes(fleet: Fleet, end_s: float) -> None:
+    """Instances crash and are replaced: some at random, and the leader."""
     plan, sim = fleet.plan, fleet.sim
-    left_s = end_s - sim.clock()
+    left_s = end_s - plan.closing_s - sim.clock()
 
     def leader_fails() -> None:
         sim.sleep(left_s / 4)
         leader = fleet.leader()
         if leader is not None:
             fleet.replace(leader, plan.every_s, end_s)
-        sim.sleep(left_s / 4)
-        leader = fleet.leader()
-        if leader is not None:
-            sim.stall(leader.name, 20.0)  # and wakes as a second leader
 
-    def crashes() -> None:
+    def others_crash() -> None:
         for _ in range(plan.crashes):
             sim.sleep(left_s / (plan.crashes + 1))
             fleet.replace(fleet.any_instance(), plan.every_s, end_s)
 
-    def stalls() -> None:
-        sim.sleep(left_s * 0.9)
-        for _ in range(3):  # past the grace, with whatever they were about to commit
-            instance = fleet.any_instance()
-            fleet.out.add(instance.name)
-            sim.stall(instance.name, 3 * 3600.0)
+    if plan.leader_fails:
+        sim.start(leader_fails, owner="trouble")
+    sim.start(others_crash, owner="trouble")
 
-    for wanted, body in ((plan.leader_fails, leader_fails), (plan.crashes, crashes), (plan.stalls, stalls)):
-        if wanted:
-            sim.start(body, owner="trouble")
+
+def _stalls(fleet: Fleet) -> None:
+    """The leader stands still for so long that another takes over, and wakes as a second one. Three others stand still
+    past the grace, with whatever they were about to commit."""
+    leader = fleet.leader()
+    if leader is not None:
+        fleet.sim.stall(leader.name, 20.0)
+        fleet.out.add(leader.name)
+    for _ in range(3):
+        instance = fleet.any_instance()
+        fleet.sim.stall(instance.name, 3 * 3600.0)
+        fleet.out.add(instance.name)
 
 
 def _stray(fleet: Fleet, until_s: float) -> None:
@@ -575,6 +587,8 @@ def measure(steps: Steps, plan: Plan = DAY) -> list[Figure]:
         Figure("simulate.creates_lost", counted["lost"], "creates", None, "lower"),
         Figure("simulate.fenced", counted["fenced"], "restarts from a checkpoint", None, "lower"),
         Figure("simulate.checkpoints", counted["checkpoints"], "checkpoints", None, "lower"),
+        Figure("simulate.evicted", result.removed, "extents", None, "lower"),
+        Figure("simulate.objects_deleted", result.deleted, "objects of extents", None, "higher"),
         Figure("simulate.throttled", result.injected["throttled"], "503s", None, "lower"),
         Figure("simulate.polls", counted["polls"], "polls", None, "lower"),
         Figure("simulate.wall_s", result.wall_s, "s", None, "lower"),
@@ -587,7 +601,7 @@ def sizes(steps: Steps) -> None:
     for name in ("writers", "versions/s", "creates lost", "visible p50 s", "visible p99 s", "$ per instance-day"):
         table.add_column(name, justify="right")
     for n in (1, 3, 10, 30, 100):
-        quiet = replace(DAY, instances=n, past_versions=0, busy_s=900.0, day_s=1200.0, crashes=0, leader_fails=False)
+        quiet = replace(DAY, instances=n, past_versions=0, busy_s=900.0, day_s=900.0, crashes=0, leader_fails=False)
         r = simulate(replace(quiet, stalls=False, misbehaviour=Misbehaviour()), steps)
         table.add_row(
             str(n),

@@ -18,6 +18,7 @@ from typing import TypeVar
 from unittest.mock import patch
 
 from lmcache_s3.index import log as log_module
+from lmcache_s3.index import manifest, segments
 from lmcache_s3.index.manifest import EMPTY, Delta, State
 from lmcache_s3.index.segments import CheckpointIndex, Segment
 from lmcache_s3.types import ExtentName
@@ -62,8 +63,8 @@ class SharedHistory:
         self._decoded: OrderedDict[int, tuple[bytes, Delta]] = OrderedDict()
         self._checkpointed: OrderedDict[int, State] = OrderedDict()
         self._loaded: OrderedDict[tuple[int, str], State] = OrderedDict()
-        self._apply, self._decode = log_module.apply, log_module.decode_delta
-        self._encode_checkpoint, self._load_checkpoint = log_module.encode_checkpoint, log_module.load_checkpoint
+        self._apply, self._decode = manifest.apply, manifest.decode_delta
+        self._encode_checkpoint, self._load_checkpoint = segments.encode_checkpoint, segments.load_checkpoint
 
     @contextmanager
     def sharing(self) -> Iterator[None]:

@@ -70,7 +70,8 @@ class Simulation:
 
     def clock(self) -> float:
         """Seconds, of the process that asks."""
-        return float(getcurrent().at_s)
+        at_s: float = getcurrent().at_s
+        return at_s
 
     def generator(self, name: str) -> random.Random:
         """A random generator of its own, a function of seed and name."""
@@ -271,8 +272,31 @@ class VirtualExecutor(concurrent.futures.Executor):
         timeout: float | None = None,
         chunksize: int = 1,
     ) -> Iterator[T]:
-        futures = [self.submit(fn, *arguments) for arguments in zip(*iterables, strict=False)]
-        return iter([future.result() for future in futures])
+        calls = deque(enumerate(zip(*iterables, strict=False)))
+        answers: list[Any] = [None] * len(calls)
+        failed: list[BaseException] = []
+        me, working = getcurrent(), min(self._workers, len(calls))
+
+        def work() -> None:
+            nonlocal working
+            while calls and not failed:
+                i, arguments = calls.popleft()
+                try:
+                    answers[i] = fn(*arguments)
+                except Exception as e:  # noqa: BLE001 — raised where the answers are asked for
+                    failed.append(e)
+                self._simulation.catch_up()
+            working -= 1
+            if not working:
+                self._simulation.wake(me)
+
+        for _ in range(working):
+            self._simulation.start(work)
+        if calls:
+            self._simulation.park()
+        if failed:
+            raise failed[0]
+        return iter(answers)
 
     def _work(self) -> None:
         try:
