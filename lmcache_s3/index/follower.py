@@ -80,7 +80,7 @@ class Follower:
     ) -> None:
         self.log, self.pacing = log, pacing
         self._clock, self._rng = log.clock, rng
-        self.inbox = Inbox(log, executor)
+        self.inbox = Inbox(log, executor, deletes_behind=True)
         self.leader = Leader(log, self.inbox, self._clock)
         self.hand_overs: HandOvers[Request] = HandOvers(log, clock=self._clock, rng=rng, ulid=ulid)
         self.access = Access(self._clock, rng, pacing.access_s)

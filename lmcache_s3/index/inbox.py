@@ -17,7 +17,7 @@ import random
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -42,6 +42,11 @@ STEP_DOWN_BELOW_PER_S = 1.0
 STEP_DOWN_AFTER_S = 30.0
 PATIENCE_S = 5.0
 """A hand-over is waited for this long, and as much again at random."""
+LIFE_S = 4.0
+"""A leader whose version was seen so lately is busy, not dead: what waits for it waits on. Less than `PATIENCE_S`, so
+that a leader which died before the hand-over has no credit left."""
+LONGEST_PATIENCE_S = 30.0
+"""No hand-over is left to a busy leader for longer."""
 JUNK_AGE_S = 3600.0
 """An inbox object that cannot be read is deleted when it is older than this by the store's clock: the grace of the
 floor, past which no extent it might have named can become live."""
@@ -84,12 +89,15 @@ class Inbox:
     """Reads the inbox and merges it into the log. For the leader, and for whoever collects.
 
     executor: GETs and DELETEs go through it in parallel (1,000 writers make 500 objects a second); None: one by one.
+    deletes_behind: `merge` returns while its deletions still go on in the executor, beside the next round.
     """
 
-    def __init__(self, log: Log, executor: Executor | None = None) -> None:
+    def __init__(self, log: Log, executor: Executor | None = None, *, deletes_behind: bool = False) -> None:
         self.log = log
         self.counters = InboxCounters()
         self._executor = executor
+        self._behind = executor if deletes_behind else None
+        self._deleting: dict[str, Future[bool]] = {}
         self._junk: dict[str, None] = {}
         """Keys that were read and are no delta: not read again."""
         self._known: set[str] = set()
@@ -111,6 +119,7 @@ class Inbox:
         Whatever is raised, nothing is lost: call again.
         """
         self.counters.rounds += 1
+        self._collect()
         listed, old_junk = self._list(newest_s)
         found = self._read(listed)
         arrived = sum(handed.key not in self._known for handed in found)
@@ -137,6 +146,8 @@ class Inbox:
         junk: list[ObjectInfo] = []
         size_bytes = 0
         for info in self.log.store.list(self._prefix):
+            if info.key in self._deleting:
+                continue
             newest_s = max(newest_s, info.modified_s)
             if info.size_bytes > MAX_VERSION_BYTES or not _ULID.fullmatch(info.key.removeprefix(self._prefix)):
                 self._note_junk(info.key)
@@ -193,7 +204,21 @@ class Inbox:
 
     def _forget(self, judged: Sequence[HandedOver]) -> None:
         """Delete what a confirmed state judged."""
-        self.counters.deleted += self._delete(list({one.key: None for one in judged}))
+        keys = list({one.key: None for one in judged})
+        if self._behind is None:
+            self.counters.deleted += self._delete(keys)
+            return
+        for key in keys:
+            self._deleting[key] = self._behind.submit(self._is_deleted, key)
+
+    def _collect(self) -> None:
+        """What became of deletions begun earlier. Those that failed are found judged, and begun again."""
+        slow = len(self._deleting) > MAX_ROUND_OBJECTS
+        for key, deleted in list(self._deleting.items()):
+            if slow or deleted.done():
+                del self._deleting[key]
+                self.counters.deleted += (gone := deleted.result())
+                self.counters.undeleted += not gone
 
     def _delete(self, keys: Sequence[str]) -> int:
         """How many are gone. The others are found judged, and deleted, next time."""
@@ -229,6 +254,7 @@ class HandOver(Generic[W]):
     items: list[W]
     leader: str
     """Whom the log named."""
+    put_s: float
     give_up_s: float
     may_wait_on: bool = True
 
@@ -255,7 +281,7 @@ class HandOvers(Generic[W]):
         key, leader = inbox_key(self._log.space_id, self._ulid()), self._log.state.lead or NOBODY
         self._log.store.put(key, body)
         self.handed_over += 1
-        self._pending.append(HandOver(key, list(items), leader, self._patience_s()))
+        self._pending.append(HandOver(key, list(items), leader, self._clock(), self._patience_s()))
 
     def take_judged(self) -> list[W]:
         """Items that the confirmed state judges by now."""
@@ -273,14 +299,18 @@ class HandOvers(Generic[W]):
         """(items to be committed directly, whether a leader that the log still names left them). Sync before, and
         `take_judged`.
 
-        Given up: not judged in time, or nobody leads any more. If the log names another leader than then, it has its
-        own time, once: of many who wait for a dead leader only one needs to take over.
+        Given up: not judged in time, or nobody leads any more. A leader that still creates versions is busy, and has
+        more time: what is taken back from it then would slow it down further. If the log names another leader than
+        then, it has its own time, once: of many who wait for a dead leader only one needs to take over.
         """
         now, leader = self._clock(), self._log.state.lead
         given_up: list[W] = []
         left, unmerged = [], False
         for pending in self._pending:
             if leader is not None and now < pending.give_up_s:
+                left.append(pending)
+            elif leader == pending.leader and self._is_busy(pending, now):
+                pending.give_up_s = now + self._rng.uniform(1.0, 3.0)
                 left.append(pending)
             elif leader not in (None, self._log.writer, pending.leader) and pending.may_wait_on:
                 pending.leader, pending.may_wait_on = leader or NOBODY, False
@@ -316,6 +346,10 @@ class HandOvers(Generic[W]):
     def adding(self) -> set[ExtentName]:
         """Extents that hand-overs pending add."""
         return {record.name for item in self for record in item.change.add}
+
+    def _is_busy(self, pending: HandOver[W], now: float) -> bool:
+        """Whether the leader shows signs of life, and may be left more time."""
+        return now - self._log.leader_seen_s < LIFE_S and now - pending.put_s < LONGEST_PATIENCE_S
 
     def _patience_s(self) -> float:
         return self._clock() + PATIENCE_S + self._rng.uniform(0.0, PATIENCE_S)

@@ -16,6 +16,7 @@ Raises `Unavailable` (store), `Invalid` (credentials, permission), `Unusable` (a
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Container, Sequence
@@ -153,6 +154,8 @@ class Log:
     """Contention seen by this process."""
     rate: Rate = field(init=False)
     """Versions per second, of all writers."""
+    leader_seen_s: float = -math.inf
+    """When a version that the leader of its time created was last seen, by the clock."""
     _empty_polls: int = 0
     _created: int = 0
     """The newest version that was created here and confirmed."""
@@ -205,10 +208,13 @@ class Log:
     def _apply(self, batch: Sequence[_Read]) -> None:
         if not batch:
             return
-        state = self.state
+        state, by_leader = self.state, False
         for read in batch:
             state = apply(state, read.delta)
+            by_leader |= read.delta.writer == state.lead
             self._past.since_bytes += read.size_bytes
+        if by_leader:
+            self.leader_seen_s = self.clock()
         self._empty_polls = 0
         self.replica.publish(state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from lmcache_s3.index.change import GROUP_BYTES, Change, grouped, joined
 from lmcache_s3.index.follower import Follower, Pacing, Request
 from lmcache_s3.index.inbox import (
     JUNK_AGE_S,
+    LONGEST_PATIENCE_S,
     PATIENCE_S,
     STEP_DOWN_AFTER_S,
     HandOvers,
@@ -667,6 +669,64 @@ def test_patience_is_random_and_a_new_leader_has_its_own(fleet: Fleet) -> None:
     hand_overs.put([request])
     fleet.clock.sleep(2 * PATIENCE_S)
     assert hand_overs.take_given_up() == ([request], True), "the one it trusted is still named"
+
+
+def test_a_busy_leader_is_left_more_time_but_not_for_ever(fleet: Fleet) -> None:
+    log, leader = fleet.log(), fleet.log()
+    leader.commit((), lead=leader.writer)
+    log.sync()
+    hand_overs: HandOvers[Request] = HandOvers(log, clock=fleet.clock, rng=random.Random(1), ulid=lambda: str(ULID()))
+    request = Request(Change(add=(make_record(),)), lambda _: None, lambda _: None)
+    hand_overs.put([request])
+    waited_s = 0.0
+    while not (given_up := hand_overs.take_given_up()[0]):
+        leader.commit([make_record()])  # others', for its round is long
+        log.sync()
+        fleet.clock.sleep(1.0)
+        waited_s += 1.0
+    assert given_up == [request]
+    assert LONGEST_PATIENCE_S <= waited_s < LONGEST_PATIENCE_S + 5
+
+    hand_overs.put([request])
+    for _ in range(2):
+        leader.commit([make_record()])
+        log.sync()
+        fleet.clock.sleep(1.0)
+    fleet.clock.sleep(2 * PATIENCE_S - 2.0)  # it died
+    assert hand_overs.take_given_up() == ([request], True)
+
+
+def test_deletions_go_on_beside_the_next_round(fleet: Fleet) -> None:
+    gate, deleted = threading.Event(), []
+
+    class Slow(Aged):
+        def delete(self, key: str) -> None:
+            gate.wait(10)
+            deleted.append(key)
+            if len(deleted) == 1:
+                raise Unavailable("injected", kind="network")
+            fleet.store.delete(key)
+
+    def hand_over() -> None:
+        for _ in range(3):
+            fleet.store.put(inbox_key(SPACE_ID, str(ULID())), encode_delta(Delta(OTHER, add=(make_record(),))))
+
+    with ThreadPoolExecutor(8) as executor:
+        inbox = Inbox(fleet.log(Slow(fleet.store)), executor, deletes_behind=True)
+        hand_over()
+        assert inbox.merge() == 3
+        hand_over()
+        assert inbox.merge() == 3, "what is being deleted is not read again"
+        assert (len(inbox.log.state.extents), len(fleet.inbox()), inbox.counters.deleted) == (6, 6, 0)
+        gate.set()
+    assert len(fleet.inbox()) == 1
+    assert inbox.counters.deleted == 0
+    with ThreadPoolExecutor(1) as executor:
+        inbox._behind = executor
+        inbox.merge()
+    inbox.merge()
+    assert not fleet.inbox()
+    assert (inbox.counters.deleted, inbox.counters.undeleted, inbox.log.state.version) == (6, 1, 2)
 
 
 def test_leader_steps_down_only_after_a_whole_quiet_while(fleet: Fleet) -> None:
