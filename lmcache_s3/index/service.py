@@ -312,7 +312,7 @@ class Index:
             version=state.version,
             floor=state.floor,
             extents=len(state.extents),
-            chunks=len(state.chunks),
+            chunks=state.n_chunks,
             pending=follower.pending,
             hidden=len(self._replica.hidden),
             pinned=len(self._replica.pinned()),
