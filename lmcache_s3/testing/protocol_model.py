@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,6 +41,7 @@ _AUTHORS = 8
 """Authors of checkpoints; the last is rebuild."""
 _REBUILD = _AUTHORS - 1
 _NOBODY = -1
+_UNNAMED = ("gc", "accessor", "reader")
 
 LIVE, VOID, COVERED = "live", "void", "covered"
 
@@ -204,6 +205,19 @@ class Model:
     _chunks: list[int] = field(default_factory=list)
     _truths: dict[tuple[int, ...], Truth] = field(default_factory=dict)
     _judged: dict[tuple[tuple[int, ...], int], frozenset[str]] = field(default_factory=dict)
+
+    _roles: dict[str, Callable[[State, int, Proc], Iterator[Move]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._roles = {
+            "writer": self.writer,
+            "leader": self.leader,
+            "gc": self.collector,
+            "checkpointer": self.checkpointer,
+            "accessor": self.accessor,
+            "reader": self.reader,
+            "rebuild": self.rebuild,
+        }
 
     # ---- values: what `manifest.py` computes -------------------------------------------------------------------------
 
@@ -399,7 +413,7 @@ class Model:
             believed = answer
             if (self.bug, answer) in (("conflict_is_success", "lost"), ("unknown_is_success", "unknown")):
                 believed = "won"
-            note = (label, self._text(version), "as", k, answer)
+            note = (label, version, "as", k, answer)
             if believed != "won":
                 yield note, at(t, i, p._replace(pc="get", batch=()))
             elif self.bug in ("no_fence_writer", "fence_first"):
@@ -677,7 +691,7 @@ class Model:
                 q = p._replace(pc="ready", x=(left, 0, 0))
                 if self.bug in ("rebuild_checkpoint_first", "rebuild_last_late"):
                     q = p._replace(pc="milestones")
-                yield ("puts index", m - 1, self._text(self.versions[contents])), at(t, i, q)
+                yield ("puts index", m - 1, self.versions[contents]), at(t, i, q)
 
     def _losses(self, s: State) -> Iterator[tuple[State, tuple[object, ...]]]:
         """Others deleted versions above the newest checkpoint: one, or all from one on. Collectors were ended."""
@@ -731,15 +745,7 @@ class Model:
         return State((0,) * (highest + 1), (), 0, 0, 0, 0, (c.late, frozenset()), tuple(procs))
 
     def moves(self, s: State) -> Iterator[Move]:
-        roles = {
-            "writer": self.writer,
-            "leader": self.leader,
-            "gc": self.collector,
-            "checkpointer": self.checkpointer,
-            "accessor": self.accessor,
-            "reader": self.reader,
-            "rebuild": self.rebuild,
-        }
+        roles = self._roles
         offline = any(p.role == "rebuild" and p.pc != "ready" for p in s.procs)
         for i, p in enumerate(s.procs):
             if p.pc not in ("dead", "done") and (not offline or p.role == "rebuild"):
@@ -779,6 +785,7 @@ class Model:
     def explore(self, limit: int = 10**8) -> Result:
         """Breadth first, at most `limit` states."""
         start, first = time.monotonic(), canonical(self.initial())
+        twins = sum(p.role in _UNNAMED for p in first.procs) > 1
         parent: dict[State, tuple[State, tuple[object, ...]] | None] = {first: None}
         frontier, label = [first], tuple[object, ...]()
         while frontier and len(parent) < limit:
@@ -788,7 +795,8 @@ class Model:
                     acted = False
                     for label, t in self.moves(s):
                         acted = True
-                        t = canonical(t)
+                        if twins:
+                            t = canonical(t)
                         if t not in parent:
                             parent[t] = (s, label)
                             self.check(t)
@@ -804,15 +812,18 @@ class Model:
     def _trace(
         self, parent: dict[State, tuple[State, tuple[object, ...]] | None], s: State, last: tuple[object, ...]
     ) -> tuple[str, ...]:
-        steps = [f"then, in or after: {' '.join(map(str, last))}"]
+        steps = [f"then, in or after: {self._words(last)}"]
         step = parent[s]
         while step is not None:
             s, label = step
-            steps.append(" ".join(map(str, label)))
+            steps.append(self._words(label))
             step = parent[s]
         return tuple(steps[::-1])
 
     # ---- words for traces --------------------------------------------------------------------------------------------
+
+    def _words(self, label: tuple[object, ...]) -> str:
+        return " ".join(self._text(part) if isinstance(part, Version) else str(part) for part in label)
 
     def _named(self, mask: int) -> Iterator[str]:
         for e in bits(mask):
@@ -833,10 +844,8 @@ class Model:
 
 def canonical(s: State) -> State:
     """Symmetry: collectors, accessors and readers have no names, so their order says nothing."""
-    rest = [p for p in s.procs if p.role in ("gc", "accessor", "reader")]
-    if len(rest) < 2:
-        return s
-    named = [p for p in s.procs if p.role not in ("gc", "accessor", "reader")]
+    rest = [p for p in s.procs if p.role in _UNNAMED]
+    named = [p for p in s.procs if p.role not in _UNNAMED]
     return s._replace(procs=(*named, *sorted(rest)))
 
 
@@ -852,18 +861,24 @@ CONFIGS = {
     "late-deletes": Config(
         4, (A, ("b", "c")), checkpointers=(1,), gcs=(0,), lost=False, late=1, kinds=("del-log", "index")
     ),
-    "checkpoints": Config(4, (("a", "b", "c"),), checkpointers=(1, 1), gcs=(0,), cold=1, lost=False),
+    "checkpoints": Config(4, (("a", "b"),), checkpointers=(1, 1), gcs=(0,), cold=1, lost=False),
+    "open": Config(4, (("a", "b", "c"),), checkpointers=(2,), gcs=(0,), cold=1, lost=False),
     "two-collectors": Config(3, (("a", "b"),), checkpointers=(1, 1), gcs=(0, 0), lost=False),
-    "leaders": Config(4, (A, B), handover=True, leaders=(1, 1), late=1, kinds=("inbox", "del-inbox"), lost=False),
-    "leader-lost": Config(4, (A,), handover=True, leaders=(1, 1), late=1, kinds=("create",), deaths=("leader",)),
+    "leaders": Config(3, (A, B), handover=True, leaders=(1, 1), lost=False),
+    "leaders-late": Config(4, (A,), handover=True, leaders=(1, 1), late=1, kinds=("inbox", "del-inbox"), lost=False),
+    "leaders-lost": Config(4, (A,), handover=True, leaders=(1, 1), deaths=("leader",)),
     "leader-gc": Config(4, (A,), handover=True, leaders=(1,), gcs=(1,), late=1, kinds=("inbox", "put")),
     "gc-merge": Config(4, (A,), handover=True, leaders=(1,), gcs=(1,), merges=True, deaths=("leader", "writer")),
     "covered": Config(4, (("ab",), A), gcs=(2,), late=1, kinds=("put",)),
     "covered-inbox": Config(4, (("ab",), A), handover=True, leaders=(1,), gcs=(1,), lost=False),
     "access": Config(4, (A,), gcs=(1,), accessors=1, late=1, kinds=("create",)),
-    "rebuild": Config(2, (A, B), checkpointers=(1,), gcs=(1,), rebuilds=1, ahead=2, lost=False),
+    "rebuild": Config(2, (A, B), gcs=(1,), rebuilds=1, ahead=2, lost=False),
+    "rebuild-checkpoint": Config(2, (A,), checkpointers=(1,), gcs=(1,), rebuilds=1, ahead=2),
     "rebuild-late": Config(2, (A,), gcs=(1,), rebuilds=1, ahead=2, late=1, kinds=("create", "del-obj", "put")),
     "rebuild-twice": Config(2, (A,), readers=1, rebuilds=2, ahead=2, lost=False),
+    "rebuild-inbox": Config(
+        2, (A,), handover=True, leaders=(1,), gcs=(1,), merges=True, rebuilds=1, ahead=2, lost=False
+    ),
     "rebuild-loss": Config(3, (A, B), checkpointers=(1,), readers=1, rebuilds=1, ahead=2, loss=True, lost=False),
 }
 

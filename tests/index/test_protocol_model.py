@@ -57,7 +57,7 @@ def test_mutants_are_caught(name: str) -> None:
     found = Model(config, name).explore()
     assert found.violation is not None
     if "not_offline" not in name:
-        held = Model(config).explore(min(found.states, 100_000))
+        held = Model(config).explore(min(found.states, 20_000))
         assert held.violation is None, "\n".join(held.trace)
 
 
