@@ -28,6 +28,7 @@ from lmcache_s3.errors import Invalid
 
 if TYPE_CHECKING:
     from lmcache_s3.codecs.base import KVCodec
+    from lmcache_s3.index.gc import GcSettings
     from lmcache_s3.index.service import IndexSettings
     from lmcache_s3.tiers.base import Tier
     from lmcache_s3.tiers.stores.open import StoreOptions
@@ -78,6 +79,22 @@ def _seconds(default: float, description: str) -> Any:
         le=86_400,
         allow_inf_nan=False,
     )
+
+
+def _long(default: float | None, description: str) -> Any:
+    return _field(
+        default,
+        description,
+        what="a number of seconds, 0 or more",
+        mend="write for example 2592000 for 30 days",
+        ge=0,
+        le=1e10,
+        allow_inf_nan=False,
+    )
+
+
+def _limit(description: str) -> Any:
+    return _field(None, description, what="a size above 0", mend="write for example 1TiB", gt=0)
 
 
 def _switch(description: str) -> Any:
@@ -246,6 +263,31 @@ class Settings(BaseSettings):
     connect_timeout_s: Number = _seconds(5.0, "Longest wait for a connection; a dead store costs a load this much.")
     request_timeout_s: Number = _seconds(30.0, "Longest wait for one request's answer.")
 
+    # --- what is kept: read by `lmcache-s3 gc` ----------------------------------------------------------------------
+    bucket_bytes: Size | None = _limit(
+        "Most bytes of one space's KV in the bucket; beyond it goes what was used least lately. A TB costs $23 a month "
+        "on AWS. null: no limit."
+    )
+    tenant_bytes: dict[str, Size] = Field(
+        default_factory=dict,
+        description='The same for single tenants, by `cache_salt`: `{"team-a": "100GiB"}`.',
+        json_schema_extra={"what": "a mapping from cache_salt to a size", "mend": 'write for example {"a": "100GiB"}'},
+        repr=False,
+    )
+    default_tenant_bytes: Size | None = _limit("The same for each other tenant. null: no limit.")
+    ttl_s: Number | None = _long(
+        None, "What was not used for so long goes. What a prompt continues counts as used with it. null: no limit."
+    )
+    gc_grace_s: Number = _long(
+        3600.0,
+        "How long an upload may take until its commit. Slower ones are lost (and counted); garbage stays that long.",
+    )
+    history_s: Number = _long(
+        604_800.0,
+        "How far back `lmcache-s3 log` and `ls --as-of` reach. Costs the index's versions and some checkpoints of that "
+        "time in storage.",
+    )
+
     # --- sharing --------------------------------------------------------------------------------------------------
     read_only: bool = _switch("Load only: nothing is stored, no permission to write is needed.")
     single_writer: bool = _switch(
@@ -329,6 +371,18 @@ class Settings(BaseSettings):
             access_s=self.access_s,
             read_only=self.read_only,
             single_writer=self.single_writer,
+        )
+
+    def gc_settings(self) -> GcSettings:
+        from lmcache_s3.index.gc import GcSettings
+
+        return GcSettings(
+            grace_s=self.gc_grace_s,
+            history_s=self.history_s,
+            max_bytes=self.bucket_bytes,
+            ttl_s=self.ttl_s,
+            tenant_bytes=dict(self.tenant_bytes),
+            default_tenant_bytes=self.default_tenant_bytes,
         )
 
     def transfer_settings(self) -> TransferSettings:
@@ -457,8 +511,8 @@ def _invalid(error: ValidationError) -> Invalid:
     elif own is not None and own != "a truth value":
         text = own
     else:
-        # storage_options may hold secrets: their value is not shown.
-        value = "its value" if name == "storage_options" else _shown(first["input"])
+        # These may hold secrets: their value is not shown.
+        value = "its value" if name in ("storage_options", "tenant_bytes") else _shown(first["input"])
         text = f"{value} is not {what}; {mend}"
     return Invalid(" ".join(f"{name}: {text}".split()), kind="setting", key=name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from lmcache_s3.cli.common import Cli, size_text, table
 from lmcache_s3.cli.units import size_bytes, span_s, time_text
 from lmcache_s3.errors import Invalid
 from lmcache_s3.identity import Space
-from lmcache_s3.index.gc import GRACE_S, HISTORY_S, Collector, GcReport, GcSettings
+from lmcache_s3.index.gc import Collector, GcReport, GcSettings
 from lmcache_s3.index.policy import Why
 from lmcache_s3.index.probe import probe
 
@@ -32,26 +33,34 @@ def gc(
     cli: Cli,
     space: Annotated[str | None, typer.Option(help="Only this space (its id or the start of it).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; change nothing.")] = False,
-    max_bytes: Annotated[str | None, typer.Option(help="Most bytes of a space's KV, say 1TiB.")] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Most bytes of a space's KV, say 1TiB; default: bucket_bytes.")
+    ] = None,
     tenant_bytes: Annotated[
-        list[str] | None, typer.Option(help="Most bytes of one cache_salt: SALT=SIZE. May be repeated.")
+        list[str] | None,
+        typer.Option(help="Most bytes of one cache_salt: SALT=SIZE. May be repeated; default: tenant_bytes."),
     ] = None,
     default_tenant_bytes: Annotated[str | None, typer.Option(help="Most bytes of every other cache_salt.")] = None,
-    ttl: Annotated[str | None, typer.Option(help="What was not used for so long goes, say 30d.")] = None,
-    grace: Annotated[str, typer.Option(help="How long an upload may take; slower ones are lost.")] = f"{GRACE_S:.0f}s",
+    ttl: Annotated[
+        str | None, typer.Option(help="What was not used for so long goes, say 30d; default: ttl_s.")
+    ] = None,
+    grace: Annotated[
+        str | None, typer.Option(help="How long an upload may take; slower ones are lost. Default: gc_grace_s, 1h.")
+    ] = None,
     history: Annotated[
-        str, typer.Option(help="How far back `log` and `ls --as-of` reach.")
-    ] = f"{HISTORY_S / 86_400:.0f}d",
+        str | None, typer.Option(help="How far back `log` and `ls --as-of` reach. Default: history_s, 7d.")
+    ] = None,
 ) -> None:
     """Remove what exceeds the budgets or is too old, and delete orphans and what was removed the last time."""
-    settings = GcSettings(
-        grace_s=span_s(grace),
-        history_s=span_s(history),
-        max_bytes=None if max_bytes is None else size_bytes(max_bytes),
-        ttl_s=None if ttl is None else span_s(ttl),
-        tenant_bytes=dict(_tenant(text) for text in tenant_bytes or ()),
-        default_tenant_bytes=None if default_tenant_bytes is None else size_bytes(default_tenant_bytes),
-    )
+    given: dict[str, Any] = {
+        "grace_s": None if grace is None else span_s(grace),
+        "history_s": None if history is None else span_s(history),
+        "max_bytes": None if max_bytes is None else size_bytes(max_bytes),
+        "ttl_s": None if ttl is None else span_s(ttl),
+        "tenant_bytes": dict(_tenant(text) for text in tenant_bytes) if tenant_bytes else None,
+        "default_tenant_bytes": None if default_tenant_bytes is None else size_bytes(default_tenant_bytes),
+    }
+    settings = replace(cli.settings.gc_settings(), **{k: v for k, v in given.items() if v is not None})
     if cli.settings.read_only and not dry_run:
         raise Invalid("read_only is set: nothing can be collected; unset it, or add --dry-run", kind="setting")
     spaces = chosen_spaces(cli.store, space)

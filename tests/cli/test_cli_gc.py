@@ -78,6 +78,24 @@ def test_gc_by_tenant_and_by_age(cli: Run, cache: Any) -> None:
     assert cli("ls", cache.url, "--json").json["spaces"][0]["extents"] > 0, "a dry run removes nothing"
 
 
+def test_gc_takes_the_settings_and_options_win(cli: Run, cache: Any) -> None:
+    def removed(*arguments: object, **settings: str) -> int:
+        env = {f"LMCACHE_S3_{name.upper()}": value for name, value in settings.items()}
+        answer = cli("gc", cache.url, "--dry-run", "--json", *arguments, env=env)
+        assert answer.code == 0, answer.err
+        return sum(len(s["removed"]) for s in answer.json["spaces"])
+
+    assert removed() == 0
+    assert removed(bucket_bytes="1B") == 3
+    assert removed("--max-bytes", "1GiB", bucket_bytes="1B") == 0
+    assert removed(tenant_bytes='{"": "1B"}') == 3
+    assert removed("--tenant-bytes", "other=1B", tenant_bytes='{"": "1B"}') == 0
+    assert removed(default_tenant_bytes="1B") == 3
+    age(cache, 7200)
+    assert removed(ttl_s="3600") == 3
+    assert removed(ttl_s="86400") == 0
+
+
 def test_gc_deletes_orphans_and_leaves_alone_what_is_not_ours(cli: Run, cache: Any) -> None:
     record = cache.records[0]
     path = cache.path / extent_prefix(cache.exact.id, record.name)

@@ -195,6 +195,7 @@ def test_every_setting_reads_its_variable(monkeypatch: pytest.MonkeyPatch) -> No
         "ca_bundle": "/ca.pem", "storage_options": "{}", "codec": "cachegen", "weights_digest": "ab" * 32,
         "disk_path": "/d", "addressing_style": "path", "read_only": "1", "single_writer": "1", "url": URL,
         "endpoint_url": "http://h", "region": "r", "profile": "p", "codec_level": "l",
+        "tenant_bytes": '{"a": "1GiB"}',
     }  # fmt: skip
     for name in Settings.model_fields:
         monkeypatch.setenv(f"LMCACHE_S3_{name.upper()}", values.get(name, "7"))
@@ -230,6 +231,18 @@ def test_codec_level() -> None:
         load_settings(url=URL, codec="cachegen", codec_level="finest").make_codec()
     with pytest.raises(Invalid, match="level"):
         load_settings(url=URL, codec_level="fine").make_codec()
+
+
+def test_what_is_kept() -> None:
+    kept = load_settings(url=URL, bucket_bytes="1TiB", tenant_bytes={"a": "1GiB"}, ttl_s=86_400).gc_settings()
+    assert (kept.max_bytes, kept.tenant_bytes, kept.ttl_s) == (2**40, {"a": 2**30}, 86_400)
+    assert (kept.grace_s, kept.history_s, kept.default_tenant_bytes) == (3600, 7 * 86_400, None)
+    with pytest.raises(Invalid, match="bucket_bytes: 0 is not a size above 0; write for example 1TiB"):
+        load_settings(url=URL, bucket_bytes=0)
+    with pytest.raises(Invalid) as e:
+        load_settings(url=URL, tenant_bytes={"secret-salt": "much"})
+    assert "secret-salt" not in str(e.value)
+    assert "secret-salt" not in repr(load_settings(url=URL, tenant_bytes={"secret-salt": "1GiB"}))
 
 
 def test_the_documentation_is_in_sync() -> None:
