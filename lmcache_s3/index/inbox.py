@@ -23,6 +23,7 @@ from typing import Generic, TypeVar
 
 from lmcache_s3.errors import Missing, Unavailable, Unusable
 from lmcache_s3.index.change import Change, Wanted, grouped, joined
+from lmcache_s3.index.courtesy import breathe
 from lmcache_s3.index.log import Log
 from lmcache_s3.index.manifest import (
     MAX_INTEGER,
@@ -161,27 +162,25 @@ class Inbox:
         return wanted, [info.key for info in junk if newest_s - info.modified_s > JUNK_AGE_S]
 
     def _read(self, listed: Sequence[ObjectInfo]) -> list[HandedOver]:
-        """What could be read. One slow or failed GET among hundreds must not stop the others; the first of all of them
-        failing is raised."""
+        """What could be read. A GET that fails must not stop the others, nor the leader's own commits: it may be one
+        object that its store will never give again."""
         found: list[HandedOver] = []
-        failed: list[Unavailable] = []
-        for info, change in zip(listed, self._map(self._get, [info.key for info in listed]), strict=True):
-            if isinstance(change, Unusable):
-                self._note_junk(info.key)
-            elif isinstance(change, Unavailable):
-                failed.append(change)
-            elif change is not None:
-                found.append(HandedOver(info.key, change, change))
-        self.counters.unread += len(failed)
-        if failed and not found:
-            raise failed[0]
+        for info, data in zip(listed, self._map(self._get, [info.key for info in listed]), strict=True):
+            if isinstance(data, Unavailable):
+                self.counters.unread += 1
+            elif data is not None:
+                change = _decoded(data)
+                if change is None:
+                    self._note_junk(info.key)
+                else:
+                    found.append(HandedOver(info.key, change, change))
+            breathe()
         return found
 
-    def _get(self, key: str) -> Change | Unusable | Unavailable | None:
+    def _get(self, key: str) -> bytes | Unusable | Unavailable | None:
         """None: deleted since it was listed, by another who merges."""
         try:
-            data = self.log.store.get(key, limit_bytes=MAX_VERSION_BYTES)
-            return Change.of(decode_delta(data, MAX_INTEGER))
+            return self.log.store.get(key, limit_bytes=MAX_VERSION_BYTES)
         except Missing:
             return None
         except (Unusable, Unavailable) as e:
@@ -195,6 +194,7 @@ class Inbox:
         for one in found:
             done = one.change.is_judged(state) and not any(name in state.extents for name in one.change.access)
             (judged if done else waiting).append(one)
+            breathe()
         return judged, waiting
 
     def _commit(self, group: Sequence[Wanted]) -> None:
@@ -244,6 +244,16 @@ class Inbox:
         if self._executor is None or len(keys) < 2:
             return map(call, keys)
         return self._executor.map(call, keys)
+
+
+def _decoded(data: bytes | Unusable) -> Change | None:
+    """None: no delta."""
+    if isinstance(data, Unusable):
+        return None
+    try:
+        return Change.of(decode_delta(data, MAX_INTEGER))
+    except Unusable:
+        return None
 
 
 @dataclass(slots=True, eq=False)
