@@ -77,6 +77,8 @@ SPACE = Space("5" * 64, "bfloat16", (KVGroup("full", 1, 1, 1, 1),), chunk_tokens
 SPACE_ID = SPACE.id
 _ULID = "01JDXB4Z5T8V6Q2W3E4R{:06d}"
 _REBUILDER = _ULID.format(999_999)
+_PAGE = 3
+"""Keys in one page of a LIST."""
 _LONGEST = 3
 """Chunks in an extent."""
 _LOG = log_key(SPACE_ID, 0)[:-20]
@@ -176,7 +178,10 @@ class Process:
 
     def _run(self) -> None:
         self._greenlet.parent = getcurrent()
-        self._greenlet.switch()
+        try:
+            self._greenlet.switch()
+        except LMCacheS3Error as e:  # whatever is worth another try was tried again
+            raise Violation(f"progress: {self.name} gives up: {e}") from e
 
     def _sleep(self, seconds: float) -> None:
         self.now_s += seconds
@@ -223,12 +228,22 @@ class StoreOf:
 
     def list(self, prefix: str, start_after: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
         # A collector lists 256 folders, nearly all of them empty: those are no step of their own.
-        seen = self._world.listed(prefix, start_after, limit)
-        if not seen and prefix.startswith(_EXTENTS):
-            return iter(seen)
-        if self._process.park("list", prefix) in (Fate.LOST, Fate.DROPPED):
-            raise Unavailable("no answer", kind="timeout", key=prefix)
-        return iter(self._world.listed(prefix, start_after, limit))
+        if prefix.startswith(_EXTENTS) and not self._world.listed(prefix, start_after, 1):
+            return iter(())
+        return self._pages(prefix, start_after, limit)
+
+    def _pages(self, prefix: str, start_after: str, limit: int | None) -> Iterator[ObjectInfo]:
+        """Each page is a step: a listing of several is no snapshot."""
+        left = limit or MAX_INTEGER
+        while left:
+            if self._process.park("list", prefix) in (Fate.LOST, Fate.DROPPED):
+                raise Unavailable("no answer", kind="timeout", key=prefix)
+            page = self._world.listed(prefix, start_after, min(left, _PAGE))
+            yield from page
+            if len(page) < _PAGE:
+                return
+            left -= len(page)
+            start_after = page[-1].key
 
     def check(self) -> None:
         next(self.list("", limit=1), None)
@@ -737,6 +752,8 @@ def populate(world: World, cast: str, extents: int = 10) -> None:
     world.add("reader", reader)
     world.add("checkpointer", checkpointer)
     if cast != "log":
+        world.add("collector", collector)
+    if cast == "direct":
         world.add("collector", collector)
 
 

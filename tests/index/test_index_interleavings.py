@@ -124,9 +124,9 @@ def test_a_crash_or_stall_now_and_then() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cast", CASTS)
-def test_a_crash_or_stall_at_every_request(cast: str) -> None:
-    assert _halts(3, 1, cast) > 500
+@pytest.mark.parametrize(("cast", "every"), [("followers", 1), ("direct", 3), ("log", 3)])
+def test_a_crash_or_stall_at_every_request(cast: str, every: int) -> None:
+    assert _halts(3, every, cast) > 800 // every
 
 
 def test_the_same_seed_is_the_same_run() -> None:
