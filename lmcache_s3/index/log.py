@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import random
+import threading
 import time
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Executor
@@ -315,8 +316,15 @@ class Log:
     def _load(self, index: CheckpointIndex) -> State:
         prefix = segments_prefix(self.space_id, index.version, index.nonce)
 
-        def get(segment: Segment) -> bytes:
-            return self.store.get(prefix + segment.file, limit_bytes=segment.size_bytes)
+        buffers = threading.local()
+
+        def get(segment: Segment) -> memoryview:
+            # Into one buffer a thread: fresh memory for each segment would cost more than reading it.
+            if len(getattr(buffers, "data", b"")) < segment.size_bytes:
+                buffers.data = bytearray(segment.size_bytes)
+            view = memoryview(buffers.data)[: segment.size_bytes]
+            self.store.get_into(prefix + segment.file, 0, view)
+            return view
 
         return load_checkpoint(index, get, self.readers)
 

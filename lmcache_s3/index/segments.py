@@ -29,7 +29,7 @@ from lmcache_s3.index.delta import MAX_CELLS, MAX_CHUNKS, MAX_INTEGER, check_for
 from lmcache_s3.index.manifest import State, state_on
 from lmcache_s3.index.table import Batch, Table, gathered
 from lmcache_s3.kernels import extent_names, hash_index
-from lmcache_s3.types import FORMAT_VERSION, HASH_BYTES
+from lmcache_s3.types import FORMAT_VERSION, HASH_BYTES, Buffer
 
 ENTRIES_PER_SHARD = 2**20
 MAX_SHARDS = 2**12
@@ -167,12 +167,12 @@ def decode_index(data: bytes, version: int, nonce: str) -> CheckpointIndex:
 
 
 def load_checkpoint(
-    index: CheckpointIndex, fetch: Callable[[Segment], bytes], executor: Executor | None = None
+    index: CheckpointIndex, fetch: Callable[[Segment], Buffer], executor: Executor | None = None
 ) -> State:
     """The state of a checkpoint, `fetch` getting its segments; with an executor, several at once.
 
-    Extents come first and give every entry its place, so entries go there as they arrive. Raises `Unusable`, and what
-    `fetch` raises.
+    What `fetch` returned may be overwritten when it is called again in the same thread. Extents come first and give
+    every entry its place, so entries go there as they arrive. Raises `Unusable`, and what `fetch` raises.
     """
     run = map if executor is None else executor.map
     loading = _Loading(index, list(run(lambda one: _read(one, "extents", fetch(one)), index.segments[1::2])))
@@ -256,7 +256,7 @@ def _shard_of(hashes: np.ndarray, shards: int) -> np.ndarray:
     return out
 
 
-def _digest(data: bytes) -> str:
+def _digest(data: Buffer) -> str:
     return xxhash.xxh3_128_hexdigest(data)
 
 
@@ -316,14 +316,14 @@ def _hex(pairs: np.ndarray) -> Any:
     return pa.array(digits.astype(f"U{2 * HASH_BYTES}"), pa.string())
 
 
-def _read(segment: Segment, kind: str, data: bytes) -> Any:
+def _read(segment: Segment, kind: str, data: Buffer) -> Any:
     """A segment's table, after its size, digest, schema and row count were found to be as stated."""
     if len(data) != segment.size_bytes:
         raise Unusable(f"{segment.file}: {len(data)} bytes, not {segment.size_bytes}", kind="truncated")
     if _digest(data) != segment.xxh3:
         raise Unusable(f"{segment.file}: wrong digest", kind="checksum")
     try:
-        file = pq.ParquetFile(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(pa.py_buffer(data)))
         metadata = file.metadata
         unpacked = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
         if metadata.num_rows != segment.rows or unpacked > 2**16 + segment.rows * _MAX_ROW_BYTES:
