@@ -58,14 +58,14 @@ def encode_delta(delta: Delta) -> bytes:
         check_record(record)
     document: dict[str, Any] = {
         "format": FORMAT_VERSION,
-        "writer": _writer(delta.writer),
+        "writer": ulid_of(delta.writer),
         "add": [_record_json(record) for record in delta.add],
         "remove": [str(name) for name in delta.remove],
         "floor": delta.floor,
         "access": [str(name) for name in delta.access],
     }
     if delta.lead is not None:
-        document["lead"] = _writer(delta.lead) if delta.lead else None
+        document["lead"] = ulid_of(delta.lead) if delta.lead else None
     data = json.dumps(document, separators=(",", ":")).encode()
     if len(data) > MAX_VERSION_BYTES:
         raise Unusable(f"a version of {len(data)} bytes exceeds {MAX_VERSION_BYTES}", kind="oversized")
@@ -81,9 +81,9 @@ def decode_delta(data: bytes, version: int) -> Delta:
         raise _bad(f"floor {floor} is not below version {version}")
     lead: str | None = None
     if "lead" in document:
-        lead = NOBODY if document["lead"] is None else _writer(document["lead"])
+        lead = NOBODY if document["lead"] is None else ulid_of(document["lead"])
     return Delta(
-        writer=_writer(document.get("writer")),
+        writer=ulid_of(document.get("writer")),
         add=tuple(_record(item) for item in _list(document, "add")),
         remove=tuple(name_of(item) for item in _list(document, "remove")),
         floor=floor,
@@ -213,7 +213,8 @@ def _list(document: Mapping[str, Any], key: str) -> list[object]:
     return value
 
 
-def _writer(value: object) -> str:
+def ulid_of(value: object) -> str:
+    """A writer or leader. Raises `Unusable`."""
     if not isinstance(value, str) or _ULID.fullmatch(value) is None:
         raise _bad("writer or leader is not a ULID")
     return value

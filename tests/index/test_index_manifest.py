@@ -337,6 +337,14 @@ def test_damaged_checkpoints_are_unusable(data: st.DataObject) -> None:
         segments.decode_segments(index, files | {file: bytes(raw)})
 
 
+def _other_type(schema: Any) -> Any:
+    """The same with a wider type for `extent`."""
+    import pyarrow as pa
+
+    i = schema.get_field_index("extent")
+    return schema.set(i, pa.field("extent", pa.uint64(), nullable=False))
+
+
 def test_parquet_that_is_valid_but_lies_is_unusable() -> None:
     """Right digests, wrong rows: entries of no extent, positions out of order, a missing entry."""
     import pyarrow as pa
@@ -367,7 +375,13 @@ def test_parquet_that_is_valid_but_lies_is_unusable() -> None:
 
     entries, extents = good["entries"], good["extents"]
     assert load(entries, extents) == state
+    more = extents.append_column("more", pa.array(["x"]))
+    assert load(entries.select(entries.column_names[::-1]), more.select(more.column_names[::-1])) == state, "by name"
+    nothing = pa.field("sums", pa.list_(pa.uint64()))
     lies = [
+        (entries.set_column(4, nothing, pa.array([[1, 3], [2, None]], nothing.type)), extents),
+        (entries.set_column(4, nothing, pa.array([[1, 3], None], nothing.type)), extents),
+        (changed(entries, "extent", [0, 0]).cast(_other_type(entries.schema)), extents),
         (changed(entries, "extent", [0, 1]), extents),
         (changed(entries, "position", [0, 0]), extents),
         (changed(entries, "position", [0, 9]), extents),
