@@ -239,7 +239,7 @@ class Fleet:
     def __init__(self, plan: Plan, seed: int = SEED) -> None:
         self.plan = plan
         self.sim = Simulation(seed)
-        self.s3 = SimulatedS3(self.sim, misbehaviour=plan.misbehaviour)
+        self.s3 = SimulatedS3(self.sim, misbehaviour=plan.misbehaviour, attempts=3)
         self.history = SharedHistory(self.sim.clock)
         self.rng = self.sim.generator("fleet")
         self.instances: list[Instance] = []
@@ -379,7 +379,7 @@ def simulate(plan: Plan, steps: Steps, seed: int = SEED) -> Result:
             for i in range(plan.instances):
                 after_s = fleet.rng.uniform(0.0, plan.opening_s / 2) if plan.instances > 100 else 0.0
                 fleet.add(f"i{i}", after_s).store_regularly(plan.every_s, end_s)
-            sim.run_until(begin_s + plan.opening_s)
+            sim.run_until(begin_s + plan.opening_s, every_s=10.0, tick=lambda: tick(0))
             window_s, before = sim.clock(), fleet.requests()
             first_version = fleet.history.tip.version
             _crashes(fleet, end_s)

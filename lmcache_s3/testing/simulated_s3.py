@@ -114,7 +114,8 @@ class Misbehaviour:
 class SimulatedS3:
     """The bucket. `client(name)` gives an `ObjectStore` for one instance, with counters of its own.
 
-    injected: misbehaviour so far, by kind. epoch_s: Unix seconds at virtual time 0.
+    injected: misbehaviour so far, by kind. epoch_s: Unix seconds at virtual time 0. attempts: that the client library
+    makes of anything but a create (ours makes three), with pauses of up to 1, 2, … seconds.
     """
 
     def __init__(
@@ -125,9 +126,10 @@ class SimulatedS3:
         misbehaviour: Misbehaviour = Misbehaviour(),
         prices: Prices = Prices(),
         epoch_s: float = 1.8e9,
+        attempts: int = 1,
     ) -> None:
         self.simulation, self.prices, self.epoch_s = simulation, prices, epoch_s
-        self.misbehaviour = misbehaviour
+        self.misbehaviour, self.attempts = misbehaviour, attempts
         self.injected: Counter[str] = Counter()
         self.objects: dict[str, bytes] = {}
         self.modified_s: dict[str, float] = {}
@@ -227,7 +229,6 @@ class SimulatedClient:
         self._agenda = s3.simulation._agenda
         self._get_latencies = s3._drawn["get"]
         self.index, self.extents = Requests(), Requests()
-        self.throttled = 0
 
     @property
     def url(self) -> str:
@@ -259,19 +260,16 @@ class SimulatedClient:
         into.cast("B")[:] = self.get(key, start, start + into.nbytes)
 
     def put(self, key: str, data: Buffer) -> None:
-        self._counter(key).put += 1
-        self._write("put", key, bytes(data))
+        self._write_again("put", key, bytes(data))
 
     def create(self, key: str, data: Buffer) -> Outcome:
-        self._counter(key).create += 1
         try:
             return Outcome.WON if self._write("create", key, bytes(data)) else Outcome.LOST
         except Unavailable:
             return Outcome.UNKNOWN
 
     def delete(self, key: str) -> None:
-        self._counter(key).delete += 1
-        self._write("delete", key, b"")
+        self._write_again("delete", key, b"")
 
     def list(self, prefix: str, start_after: str = "", limit: int | None = None) -> Iterator[ObjectInfo]:
         left = limit
@@ -299,8 +297,22 @@ class SimulatedClient:
     def _counter(self, key: str) -> Requests:
         return self.extents if "/extents/" in key else self.index
 
-    def _write(self, verb: str, key: str, data: bytes) -> bool:
-        s3, simulation = self._s3, self._simulation
+    def _write_again(self, verb: Literal["put", "delete"], key: str, data: bytes) -> None:
+        for attempt in range(1, self._s3.attempts + 1):
+            try:
+                self._write(verb, key, data)
+                return
+            except Unavailable:
+                if attempt == self._s3.attempts:
+                    raise
+                self._back_off(attempt)
+
+    def _back_off(self, attempt: int) -> None:
+        self._simulation.sleep(self._s3.uniform() * 2.0 ** (attempt - 1))
+
+    def _write(self, verb: Literal["put", "create", "delete"], key: str, data: bytes) -> bool:
+        s3, simulation, counter = self._s3, self._simulation, self._counter(key)
+        setattr(counter, verb, getattr(counter, verb) + 1)
         s3.until_fault -= 1
         fault = s3.fault() if s3.until_fault <= 0 else ""
         latency_s = s3.latency("delete" if verb == "delete" else "put")
@@ -323,19 +335,24 @@ class SimulatedClient:
             raise self._no_answer(key)
         return done
 
-    def _misbehave_reading(self, verb: Verb, key: str) -> None:
-        kind = self._s3.fault()
-        if kind == "throttled":
-            self._s3.injected[kind] += 1
-            self._simulation.sleep(self._s3.latency(verb))
-            raise self._throttled(key)
-        if kind == "lost":
-            self._s3.injected[kind] += 1
-            self._simulation.sleep(self._s3.misbehaviour.no_answer_s)
-            raise self._no_answer(key)
+    def _misbehave_reading(self, verb: Literal["get", "list"], key: str) -> None:
+        """The attempts of a read that meets misbehaviour; returns before the one that is answered."""
+        s3, counter = self._s3, self._counter(key)
+        for attempt in range(1, s3.attempts + 1):
+            kind = s3.fault()
+            if kind not in ("throttled", "lost"):
+                return
+            s3.injected[kind] += 1
+            self._simulation.sleep(s3.latency(verb) if kind == "throttled" else s3.misbehaviour.no_answer_s)
+            if attempt == s3.attempts:
+                raise self._throttled(key) if kind == "throttled" else self._no_answer(key)
+            self._back_off(attempt)
+            setattr(counter, verb, getattr(counter, verb) + 1)
+            s3.until_fault -= 1
+            if s3.until_fault > 0:
+                return
 
     def _throttled(self, key: str) -> Unavailable:
-        self.throttled += 1
         return Unavailable(f"{key}: 503 (injected)", kind="throttled", key=key)
 
     def _no_answer(self, key: str) -> Unavailable:

@@ -17,6 +17,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from heapq import heappop, heappush, heappushpop
 from types import TracebackType
 from typing import Any, TypeVar
@@ -121,7 +122,7 @@ class Simulation:
         """A new greenlet, begun at once: begun by the agenda, it might stand on somebody's deep stack."""
         me = getcurrent()
 
-        def run() -> None:
+        def run(_: int) -> None:
             me.switch()
             while True:  # used again and again: so that who starts whom makes no stack deeper and deeper
                 process.body()
@@ -132,7 +133,7 @@ class Simulation:
                 if other is not process:
                     other.switch()
 
-        process = Process(run, self._main)
+        process = Process(partial(_on_a_deep_stack, run), self._main)
         process.switch()
         return process
 
@@ -250,19 +251,26 @@ class VirtualFuture(concurrent.futures.Future[T]):
 
 
 class VirtualExecutor(concurrent.futures.Executor):
-    """A thread pool of greenlets: at most `workers` calls at a time, each a process of the caller's owner."""
+    """A thread pool of greenlets: at most `workers` calls at a time, first come first served, each a process of the
+    caller's owner."""
 
     def __init__(self, simulation: Simulation, workers: int) -> None:
         self._simulation, self._workers = simulation, workers
         self._running = 0
-        self._queue: deque[tuple[VirtualFuture[Any], Callable[[], Any]]] = deque()
+        self._queue: deque[Callable[[], None]] = deque()
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
         future: VirtualFuture[T] = VirtualFuture(self._simulation)
-        self._queue.append((future, lambda: fn(*args, **kwargs)))
-        if self._running < self._workers:
-            self._running += 1
-            self._simulation.start(self._work)
+
+        def call() -> None:
+            try:
+                result = fn(*args, **kwargs)
+            except Exception as e:  # noqa: BLE001 — whoever waits for the future gets it
+                future.set_exception(e)
+            else:
+                future.set_result(result)
+
+        self._add(call)
         return future
 
     def map(
@@ -272,46 +280,49 @@ class VirtualExecutor(concurrent.futures.Executor):
         timeout: float | None = None,
         chunksize: int = 1,
     ) -> Iterator[T]:
-        calls = deque(enumerate(zip(*iterables, strict=False)))
+        """All of them have ended when this returns. Without futures, which cost more than a simulated request."""
+        calls = list(zip(*iterables, strict=False))
         answers: list[Any] = [None] * len(calls)
-        failed: list[BaseException] = []
-        me, working = getcurrent(), min(self._workers, len(calls))
+        failed: list[Exception] = []
+        me, left = getcurrent(), len(calls)
 
-        def work() -> None:
-            nonlocal working
-            while calls and not failed:
-                i, arguments = calls.popleft()
-                try:
-                    answers[i] = fn(*arguments)
-                except Exception as e:  # noqa: BLE001 — raised where the answers are asked for
-                    failed.append(e)
-                self._simulation.catch_up()
-            working -= 1
-            if not working:
+        def call(i: int) -> None:
+            nonlocal left
+            try:
+                answers[i] = fn(*calls[i])
+            except Exception as e:  # noqa: BLE001 — raised where the answers are asked for
+                failed.append(e)
+            left -= 1
+            if not left:
                 self._simulation.wake(me)
 
-        for _ in range(working):
-            self._simulation.start(work)
+        for i in range(len(calls)):
+            self._add(partial(call, i))
         if calls:
             self._simulation.park()
         if failed:
             raise failed[0]
         return iter(answers)
 
+    def _add(self, call: Callable[[], None]) -> None:
+        self._queue.append(call)
+        if self._running < self._workers:
+            self._running += 1
+            self._simulation.start(self._work)
+
     def _work(self) -> None:
-        try:
-            while self._queue:
-                future, call = self._queue.popleft()
-                try:
-                    result = call()
-                except Exception as e:  # noqa: BLE001 — whoever waits for the future gets it
-                    future.set_exception(e)
-                else:
-                    future.set_result(result)
-                self._simulation.catch_up()  # who is ahead takes no work that another would have begun before
-        finally:
-            self._running -= 1
+        while self._queue:
+            self._queue.popleft()()
+            self._simulation.catch_up()  # who is ahead takes no work that another would have begun before
+        self._running -= 1
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         if cancel_futures:
             self._queue.clear()
+
+
+def _on_a_deep_stack(run: Callable[[int], None], layers: int = 5) -> None:
+    """Below a greenlet's first C frame the stack belongs to others, and whoever walks down to there crashes. NumPy
+    walks down ten frames to see who asks for a product of large arrays. Each layer of `map` is some C frames."""
+    call = run if layers == 0 else lambda _: _on_a_deep_stack(run, layers - 1)
+    next(map(call, (0,)))

@@ -181,3 +181,20 @@ def test_one_seed_is_one_run_and_another_seed_another() -> None:
 
     assert run(1) == run(1)
     assert run(1) != run(2)
+
+
+def test_the_client_library_tries_again_but_never_a_create(sim: Simulation) -> None:
+    s3 = SimulatedS3(sim, misbehaviour=Misbehaviour(throttled=0.3), attempts=3)
+    store = s3.client("a")
+    answers = []
+    for _ in range(200):
+        answers += [
+            answer(lambda: store.put("k", b"")),
+            answer(lambda: store.get("k")),
+            answer(lambda: list(store.list("k"))),
+        ]
+        answer(lambda: store.create("c", b""))
+    assert store.index.create == 200
+    for n in (store.index.put, store.index.get, store.index.list):
+        assert n == pytest.approx(200 * (1 + 0.3 + 0.09), rel=0.12)
+    assert answers.count("throttled") == pytest.approx(600 * 0.3**3, abs=12)
