@@ -12,25 +12,21 @@ from lmcache_s3.kernels.jit import kernel
 _HASH_DIGITS = 32
 
 
-@kernel
-def _digit(c: int) -> int:
-    """Value of a lower-case hex digit, or 16."""
-    if 48 <= c <= 57:
-        return c - 48
-    if 97 <= c <= 102:
-        return c - 87
-    return 16
+_DIGITS = np.full(256, 16, np.uint8)
+"""Value of each lower-case hex digit; 16 for any other character."""
+_DIGITS[48:58] = np.arange(10)
+_DIGITS[97:103] = np.arange(10, 16)
 
 
 @kernel
 def _hash(text: np.ndarray, at: np.int64, out: np.ndarray) -> bool:
     """32 hex digits to 16 bytes."""
+    wrong = np.uint8(0)
     for i in range(out.size):
-        high, low = _digit(text[at + 2 * i]), _digit(text[at + 2 * i + 1])
-        if high > 15 or low > 15:
-            return False
+        high, low = _DIGITS[text[at + 2 * i]], _DIGITS[text[at + 2 * i + 1]]
+        wrong |= high | low
         out[i] = 16 * high + low
-    return True
+    return bool(wrong < 16)
 
 
 @kernel

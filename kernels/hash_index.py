@@ -27,6 +27,8 @@ NEVER = np.iinfo(np.uint64).max
 
 _AHEAD = 32
 """Rows whose slots are fetched at once."""
+_MOST_OF_AN_OWNER = 2**16
+"""Rows of an owner, at most."""
 
 
 def shift_of(slots: np.ndarray) -> np.uint64:
@@ -43,29 +45,27 @@ def insert(
     owner: np.ndarray,
     starts: np.ndarray,
     rows: np.ndarray,
+    keys: np.ndarray,
 ) -> np.int64:
-    """Insert `rows` (i64). hashes u64 [row, 2]; owner u32 [row]; starts i64 [owner]: an owner's first row.
+    """Insert `rows` (i64) with hashes `keys` (u64 [n, 2], as in `hashes`, but side by side).
 
-    Returns −1, or the owner that holds one hash twice (the table is then unusable).
+    hashes u64 [row, 2]; owner u32 [row]; starts i64 [owner]: an owner's first row. Returns −1, or the owner that holds
+    one hash twice (the table is then unusable).
     """
-    mask = np.uint64(slots.size - 1)
-    homes = np.empty(_AHEAD, np.uint64)
+    n, mask = rows.size, np.uint64(slots.size - 1)
     touched = np.uint32(0)
-    for first in range(0, rows.size, _AHEAD):
-        n = min(_AHEAD, rows.size - first)
-        for j in range(n):
-            homes[j] = (hashes[rows[first + j], 0] * seed) >> shift
+    for first in range(0, n, _AHEAD):
+        end = min(n, first + _AHEAD)
         # Independent loads, so that their cache misses overlap; the loop below then finds its slots in the cache.
-        for j in range(n):
-            touched |= slots[homes[j]]
-        for j in range(n):
-            row = rows[first + j]
-            begin = starts[owner[row]]
-            at = homes[j]
+        for i in range(first, end):
+            touched |= slots[(keys[i, 0] * seed) >> shift]
+        for i in range(first, end):
+            row, at = rows[i], (keys[i, 0] * seed) >> shift
             while slots[at] != 0:
                 other = np.int64(slots[at]) - 1
-                # Rows of one owner lie together: only they can lie between its first row and this one.
-                if begin <= other < row and hashes[other, 0] == hashes[row, 0] and hashes[other, 1] == hashes[row, 1]:
+                # An owner's rows lie together: only they can lie between its first row and this one. Few are so near.
+                near = row - _MOST_OF_AN_OWNER < other < row and starts[owner[row]] <= other
+                if near and hashes[other, 0] == keys[i, 0] and hashes[other, 1] == keys[i, 1]:
                     return np.int64(owner[row])
                 at = (at + np.uint64(1)) & mask
             slots[at] = np.uint32(row + 1)

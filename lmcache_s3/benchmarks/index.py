@@ -136,7 +136,7 @@ def large_state(entries: int, seed: int = 0) -> State:
             "created": i // 20 + 1,
             "place": (i % 20).astype(np.uint32),
         },
-        codecs=["cachegen"] * n,
+        codecs=(["cachegen"], np.zeros(n, np.int64)),
     )
     table = Table(rows, rows, n)
     table.append(batch)

@@ -278,7 +278,7 @@ class State:
             return False
         one, two = gathered(self.table, self.arrays, ours), gathered(other.table, other.arrays, theirs)
         return (
-            list(one.codecs) == list(two.codecs)
+            [one.codecs[0][i] for i in one.codecs[1]] == [two.codecs[0][i] for i in two.codecs[1]]
             and np.array_equal(one.hashes, two.hashes)
             and np.array_equal(one.lengths, two.lengths)
             and np.array_equal(one.sums, two.sums)

@@ -27,7 +27,7 @@ import xxhash
 from lmcache_s3.errors import Unusable
 from lmcache_s3.index.delta import MAX_CELLS, MAX_CHUNKS, MAX_INTEGER, check_format, integer, load_json, ulid_of
 from lmcache_s3.index.manifest import State, state_on
-from lmcache_s3.index.table import Batch, Table, gathered
+from lmcache_s3.index.table import Batch, Codecs, Table, gathered
 from lmcache_s3.kernels import extent_names, hash_index
 from lmcache_s3.types import FORMAT_VERSION, HASH_BYTES, Buffer
 
@@ -65,14 +65,12 @@ EXTENTS_SCHEMA = pa.schema(
     ]
 )
 _SCHEMAS = {"entries": ENTRIES_SCHEMA, "extents": EXTENTS_SCHEMA}
-_RANDOM = ("prefix_hash", "sums.list.element")
-"""Columns that no compressor makes smaller: left as they are, they cost no time either."""
 _HOW: dict[str, dict[str, Any]] = {
+    # No compressor makes hashes and checksums smaller, and the rest is numbers that packed deltas do as well for.
     "entries": {
-        "compression": {
-            name: "none" if name in _RANDOM else "zstd"
-            for name in ("prefix_hash", "extent", "position", "lengths.list.element", "sums.list.element")
-        },
+        "compression": "none",
+        "column_encoding": {"prefix_hash": "PLAIN", "sums.list.element": "PLAIN"}
+        | dict.fromkeys(("extent", "position", "lengths.list.element"), "DELTA_BINARY_PACKED"),
         "write_statistics": False,
     },
     "extents": {"compression": "zstd"},
@@ -232,7 +230,7 @@ class _Loading:
         if bad >= 0:
             raise _bad(f"{file}: entry {bad} is not of its extent, out of order, or has not one cell for each shard")
         with self._lock:
-            self.table.index_rows(rows)
+            self.table.index_rows(rows, hashes)
 
     def state(self) -> State:
         """Once all entries are there. Each row was written by one of as many entries: none twice, none missing."""
@@ -290,10 +288,12 @@ def _entries_table(live: Batch) -> Any:
 def _extents_table(live: Batch, last_access: np.ndarray) -> Any:
     o, counts = live.owners, live.owners["counts"]
     last = live.hashes[np.cumsum(counts) - 1]
+    names, which = live.codecs
+    codecs = pa.array(names, pa.string()).take(pa.array(which))
     name = pc.binary_join_element_wise(
         _hex(last),
         pc.cast(pa.array(counts), pa.string()),
-        pa.array(live.codecs, pa.string()),
+        codecs,
         pc.binary_join_element_wise(pc.cast(pa.array(o["born"]), pa.string()), _hex(o["nonces"]), "-"),
         ".",
     )
@@ -303,7 +303,7 @@ def _extents_table(live: Batch, last_access: np.ndarray) -> Any:
         "parent": pa.Array.from_buffers(
             pa.binary(HASH_BYTES), len(counts), [None, pa.py_buffer(np.ascontiguousarray(o["parents"]))]
         ),
-        "codec": pa.array(live.codecs, pa.string()),
+        "codec": codecs,
         "last_access": pa.array(last_access.astype(np.uint64)),
     }
     for field in EXTENTS_SCHEMA:
@@ -368,7 +368,7 @@ def _check_column(segment: Segment, column: Any, field: Any) -> None:
 _CODEC = re.compile(r"[a-z0-9_-]{1,64}", re.ASCII)
 
 
-def _owner_columns(extents: Any) -> tuple[dict[str, np.ndarray], list[str], np.ndarray]:
+def _owner_columns(extents: Any) -> tuple[dict[str, np.ndarray], Codecs, np.ndarray]:
     """(columns for a `Table`, codecs, last hashes) of the extents table, sorted by ordinal. Names are parsed."""
     n = extents.num_rows
     last, nonces = np.empty((n, HASH_BYTES), np.uint8), np.empty((n, HASH_BYTES), np.uint8)
@@ -393,7 +393,7 @@ def _owner_columns(extents: Any) -> tuple[dict[str, np.ndarray], list[str], np.n
     } | {name: _within_63_bits(extents[name]) for name in ("first_token", "raw_bytes", "created")}
     if not np.array_equal(born, _within_63_bits(extents["born"])):
         raise _bad("an extent's born is not that of its name")
-    return columns, codecs.to_pylist(), last.view(np.uint64)
+    return columns, (known.dictionary.to_pylist(), known.indices.to_numpy()), last.view(np.uint64)
 
 
 def _text(column: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -103,6 +103,10 @@ class Arrays:
     owners: Owners
 
 
+Codecs = tuple[Sequence[str], np.ndarray]
+"""Codecs, and for each extent which of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Extents to append, as columns: see `Rows`, `Cells`, `Owners`, without what follows from their place."""
@@ -111,8 +115,7 @@ class Batch:
     lengths: Array
     sums: Array
     owners: dict[str, Array]
-    codecs: Sequence[str]
-    """Of each extent."""
+    codecs: Codecs
 
 
 class Table:
@@ -163,7 +166,7 @@ class Table:
         )
         if wanted[0] > _most(a.slots):
             a = replace(a, slots=_slots(wanted[0]))
-            self._index_rows(a, np.arange(self.n_rows))
+            self._index_rows(a, np.arange(self.n_rows), a.rows.hashes[: self.n_rows])
         if wanted[2] > _most(a.names):
             a = replace(a, names=_slots(wanted[2]))
             self._index_names(a, np.arange(self.n_owners))
@@ -183,10 +186,10 @@ class Table:
         a.cells.lengths[cells], a.cells.sums[cells] = batch.lengths, batch.sums
         self.n_rows, self.n_cells, self.n_owners = rows.stop, cells.stop, owners.stop
         self._index_names(a, np.arange(owners.start, owners.stop))
-        self._index_rows(a, np.arange(rows.start, rows.stop))
+        self._index_rows(a, np.arange(rows.start, rows.stop), batch.hashes)
 
     def set_owners(
-        self, columns: dict[str, Array], codecs: Sequence[str], owners: slice, first_row: int, first_cell: int
+        self, columns: dict[str, Array], codecs: Codecs, owners: slice, first_row: int, first_cell: int
     ) -> None:
         """Fill in the owners' columns; rows and cells follow one another from the given ones on."""
         o = self.arrays.owners
@@ -196,27 +199,29 @@ class Table:
             getattr(o, name)[owners] = values
         o.starts[owners] = first_row + np.cumsum(counts) - counts
         o.cells[owners] = first_cell + np.cumsum(counts * widths) - counts * widths
-        ids = {codec: self.codec_id(codec) for codec in dict.fromkeys(codecs)}
-        o.codec[owners] = [ids[codec] for codec in codecs]
+        names, which = codecs
+        o.codec[owners] = np.array([self.codec_id(codec) for codec in names], np.uint16)[which]
         o.removed_at[owners] = hash_index.NEVER
         o.itself[owners] = np.arange(owners.start, owners.stop, dtype=np.uint32)
 
-    def index_rows(self, rows: Array) -> None:
-        """Make rows (i64, ascending among equal hashes) findable."""
-        self._index_rows(self.arrays, rows)
+    def index_rows(self, rows: Array, hashes: Array) -> None:
+        """Make rows (i64, ascending among equal hashes) findable. hashes: theirs, u64 [n, 2]."""
+        self._index_rows(self.arrays, rows, hashes)
 
     def index_names(self) -> None:
         self._index_names(self.arrays, np.arange(self.n_owners))
 
-    def _index_rows(self, a: Arrays, rows: Array) -> None:
+    def _index_rows(self, a: Arrays, rows: Array, hashes: Array) -> None:
         shift = hash_index.shift_of(a.slots)
-        twice = hash_index.insert(a.slots, a.seed, shift, a.rows.hashes, a.rows.owner, a.owners.starts, rows)
+        twice = hash_index.insert(a.slots, a.seed, shift, a.rows.hashes, a.rows.owner, a.owners.starts, rows, hashes)
         if twice >= 0:
             raise Unusable(f"extent {self.name(a, int(twice))}: a prefix hash occurs twice", kind="format")
 
     def _index_names(self, a: Arrays, owners: Array) -> None:
         o, shift = a.owners, hash_index.shift_of(a.names)
-        hash_index.insert(a.names, a.seed, shift, o.nonces, o.itself, o.itself.astype(np.int64), owners)
+        hash_index.insert(
+            a.names, a.seed, shift, o.nonces, o.itself, o.itself.astype(np.int64), owners, o.nonces[owners]
+        )
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -285,7 +290,7 @@ def gathered(table: Table, a: Arrays, owners: Array) -> Batch:
         lengths=a.cells.lengths[cells],
         sums=a.cells.sums[cells],
         owners={name: getattr(o, name)[owners] for name in kept},
-        codecs=[table.codecs[i] for i in o.codec[owners].tolist()],
+        codecs=(list(table.codecs), o.codec[owners]),
     )
 
 
@@ -296,6 +301,7 @@ def batch_of(records: Sequence[ExtentRecord], created: int, places: Sequence[int
         return np.array(values, kind)
 
     names = [record.name for record in records]
+    codecs = list(dict.fromkeys(name.codec for name in names))
     return Batch(
         hashes=_pairs(b"".join(record.hashes for record in records)),
         lengths=np.frombuffer(b"".join(record.lengths for record in records), np.uint32),
@@ -312,7 +318,7 @@ def batch_of(records: Sequence[ExtentRecord], created: int, places: Sequence[int
             "created": column([created] * len(names)),
             "place": column(places, np.uint32),
         },
-        codecs=[name.codec for name in names],
+        codecs=(codecs, np.array([codecs.index(name.codec) for name in names], np.int64)),
     )
 
 
