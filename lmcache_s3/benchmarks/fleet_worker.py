@@ -30,6 +30,7 @@ from lmcache_s3.index.gc import Collector, GcSettings
 from lmcache_s3.index.log import Log, LogLimits
 from lmcache_s3.index.service import Index, IndexSettings, Verdict
 from lmcache_s3.testing.faults import Fault, FaultyStore
+from lmcache_s3.testing.shared_history import SharedHistory
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.tiers.stores.open import StoreOptions, open_store
@@ -162,6 +163,8 @@ def work(where: Where, load: Load) -> Done:
     """One process: its writers store until the end and drain; meanwhile what others stored is looked for."""
     done, lock = Done(), threading.Lock()
     with ExitStack() as stack:
+        # Each version is decoded once a process, not once a writer: 64 machines would have the cores for it.
+        stack.enter_context(SharedHistory(time.monotonic).sharing())
         data, counting = where.open(), CountingStore(where.open())
         stack.callback(data.close)
         stack.callback(counting.close)

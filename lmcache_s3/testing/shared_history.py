@@ -9,6 +9,7 @@ checkpoint must equal the one that was checkpointed (I5).
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -59,6 +60,7 @@ class SharedHistory:
     tip: State = field(default_factory=lambda: EMPTY)
 
     def __post_init__(self) -> None:
+        self._lock = threading.Lock()
         self._versions: OrderedDict[int, _Version] = OrderedDict()
         self._decoded: OrderedDict[int, tuple[bytes, Delta]] = OrderedDict()
         self._checkpointed: OrderedDict[int, State] = OrderedDict()
@@ -68,7 +70,7 @@ class SharedHistory:
 
     @contextmanager
     def sharing(self) -> Iterator[None]:
-        """The log's pure functions, done once, as long as this lasts. In this thread's process only one at a time."""
+        """The log's pure functions, done once, as long as this lasts; for all threads of the process."""
         with ExitStack() as stack:
             for name, function in {
                 "apply": self.apply,
@@ -83,11 +85,19 @@ class SharedHistory:
         known = self._decoded.get(version)
         if known is not None and (known[0] is data or known[0] == data):
             return known[1]
-        delta = self._decode(data, version)
-        _keep(self._decoded, version, (data, delta), _KEPT_STATES)
-        return delta
+        with self._lock:
+            known = self._decoded.get(version)
+            if known is not None and known[0] == data:
+                return known[1]
+            delta = self._decode(data, version)
+            _keep(self._decoded, version, (data, delta), _KEPT_STATES)
+            return delta
 
     def apply(self, state: State, delta: Delta) -> State:
+        with self._lock:
+            return self._applied(state, delta)
+
+    def _applied(self, state: State, delta: Delta) -> State:
         version = state.version + 1
         if state is self.tip:
             return self._first(state, delta)
