@@ -47,27 +47,48 @@ def fill(
         new = hasher.hashes[known:]
         if not new:
             return None
-        name = ExtentName.fresh(new[-1], len(new), codec.id, index.version)
-        first_token = known * space.chunk_tokens
-        objects, lengths, sums = _encode(space, codec, grid, new, first_token, seed)
-        record = ExtentRecord(
-            name=name,
-            grid=grid,
-            parent=hasher.hashes[known - 1] if known else hasher.root,
-            first_token=first_token,
-            hashes=b"".join(new),
-            lengths=struct.pack(f"<{len(lengths)}I", *lengths),
-            sums=struct.pack(f"<{len(sums)}Q", *sums),
-            raw_bytes=space.geometry.chunk_bytes * len(new),
+        parent = hasher.hashes[known - 1] if known else hasher.root
+        record = upload(
+            store, space, new, parent, known * space.chunk_tokens, born=index.version, codec=codec, grid=grid, seed=seed
         )
-        for shard, data in enumerate(objects):
-            store.put(shard_key(space.id, name, grid, shard), data)
-        metadata = array_metadata(
-            record, space.geometry, codec, space_id=space.id, fidelity=space.fidelity, writer="testing"
-        )
-        store.put(f"{extent_prefix(space.id, name)}/zarr.json", metadata)
         index.commit([record]).result(60)
         return record
+
+
+def upload(
+    store: ObjectStore,
+    space: Space,
+    hashes: Sequence[bytes],
+    parent: bytes,
+    first_token: int,
+    *,
+    born: int,
+    codec: KVCodec | None = None,
+    grid: Grid | None = None,
+    seed: int = 0,
+) -> ExtentRecord:
+    """Put an extent's objects, `zarr.json` last; to be committed. hashes: of its chunks; parent: of the chunk before.
+    born: the writer's replica version before this call."""
+    codec, grid = codec or make_codec("fast"), grid or Grid()
+    name = ExtentName.fresh(hashes[-1], len(hashes), codec.id, born)
+    objects, lengths, sums = _encode(space, codec, grid, hashes, first_token, seed)
+    record = ExtentRecord(
+        name=name,
+        grid=grid,
+        parent=parent,
+        first_token=first_token,
+        hashes=b"".join(hashes),
+        lengths=struct.pack(f"<{len(lengths)}I", *lengths),
+        sums=struct.pack(f"<{len(sums)}Q", *sums),
+        raw_bytes=space.geometry.chunk_bytes * len(hashes),
+    )
+    for shard, data in enumerate(objects):
+        store.put(shard_key(space.id, name, grid, shard), data)
+    metadata = array_metadata(
+        record, space.geometry, codec, space_id=space.id, fidelity=space.fidelity, writer="testing"
+    )
+    store.put(f"{extent_prefix(space.id, name)}/zarr.json", metadata)
+    return record
 
 
 def _encode(
