@@ -233,9 +233,8 @@ class Follower:
             self._take_incoming()
 
     def _commit(self) -> None:
-        lead = self.log.writer if self._claims or self.leader.should_claim() else None
         try:
-            self._commit_group(next(grouped([*self._back, *self._ready()])), lead=lead, give_way=True)
+            self._commit_group(next(grouped([*self._back, *self._ready()])), claim=self._should_claim, give_way=True)
         except Conflict as e:
             if e.kind != "leader":
                 raise
@@ -248,9 +247,19 @@ class Follower:
             self._merge_s = self._clock()
         self.log.checkpoint_if_due()
 
-    def _commit_group(self, group: Sequence[Request], *, lead: str | None, give_way: bool) -> None:
+    def _should_claim(self) -> bool:
+        return self._claims or self.leader.should_claim()
+
+    def _commit_group(
+        self,
+        group: Sequence[Request],
+        *,
+        give_way: bool,
+        lead: str | None = None,
+        claim: Callable[[], bool] = lambda: False,
+    ) -> None:
         one = joined(request.change for request in group)
-        self.log.commit(one.add, one.remove, access=one.access, lead=lead, give_way=give_way)
+        self.log.commit(one.add, one.remove, access=one.access, lead=lead, claim=claim, give_way=give_way)
         self._answer(group)
         self._looked()
 

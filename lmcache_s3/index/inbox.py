@@ -39,6 +39,9 @@ from lmcache_s3.types import ExtentName, ObjectInfo
 
 LEAD_ABOVE_PER_S = 2.5
 """Versions a second, over `Rate`'s window, above which an inbox is cheaper: readers' GETs decide."""
+LEAD_FROM_SPAN_S = 0.8
+"""… or the span (`Pace`) that this process's creates are spread over by lost races: four more lost than won. A store
+that answers slowly never sees 2.5 versions a second, however many race for the next one."""
 STEP_DOWN_BELOW_PER_S = 1.0
 STEP_DOWN_AFTER_S = 30.0
 PATIENCE_S = 5.0
@@ -381,8 +384,9 @@ class Leader:
         return self.log.state.lead == self.log.writer
 
     def should_claim(self) -> bool:
-        """Nobody leads, and the log grows fast."""
-        return self.log.state.lead is None and self.log.rate.per_s() > LEAD_ABOVE_PER_S
+        """Nobody leads, and the log grows fast, or writers are so many that they keep it from growing fast."""
+        crowded = self.log.rate.per_s() > LEAD_ABOVE_PER_S or self.log.pace.span_s >= LEAD_FROM_SPAN_S
+        return self.log.state.lead is None and crowded
 
     def round(self, own: Sequence[W] = (), confirmed: Callable[[Sequence[W]], None] = lambda _: None) -> bool:
         """Sync; another leads → False, and `own` is left alone. Else merge inbox and `own` (see `Inbox.merge`), and

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lmcache_s3.errors import Bug, Conflict, Missing, Unavailable, Unusable
 from lmcache_s3.index.manifest import (
@@ -376,6 +376,7 @@ class Log:
         lead: str | None = None,
         access: Sequence[ExtentName] = (),
         give_way: bool = False,
+        claim: Callable[[], bool] = lambda: False,
     ) -> list[Verdict]:
         """Add and remove extents, raise the floor, name the leader and record accesses in one version; a verdict for
         each of `add`, after the fence. What the state says already needs no version.
@@ -383,13 +384,16 @@ class Log:
         The extents' objects must be durable already. Repeating a commit is harmless (names are used once), so after any
         error the caller keeps it and tries again. A name in both `add` and `remove` is removed.
         lead: a ULID or `NOBODY`; dropped once the log names another leader than when this was called, so that of many
-        who want to lead one does. access: dropped where a later access than the replica's at this call is recorded.
+        who want to lead one does. claim: asked before each create, since losing many is a reason; True: as `lead` of
+        this process. access: dropped where a later access than the replica's at this call is recorded.
         Raises `Conflict` when too many creates were lost, or, with `give_way`, as soon as such another leader is seen
         (kind `leader`): handing over is cheaper then.
         """
         gone = set(remove)
         kept = tuple(record for record in add if record.name not in gone)
         before = self.state
+        if lead is None and claim():
+            lead = self.writer
         wish = _Wish(kept, tuple(remove), floor, lead, tuple(access), before.version, before.lead)
         self.sync()
         for _ in range(self.limits.max_commit_attempts):
@@ -402,6 +406,8 @@ class Log:
                 continue
             self.sleep(self.pace.backoff_s())
             self.sync()
+            if wish.lead is None and claim():
+                wish = replace(wish, lead=self.writer)
         raise Conflict(
             f"no version could be created in {self.limits.max_commit_attempts} attempts; kept for the next round",
             key=log_key(self.space_id, self.state.version + 1),
