@@ -6,6 +6,7 @@ what it must find. Times are of `time.monotonic`, which all processes of a machi
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import random
 import secrets
@@ -30,6 +31,7 @@ from lmcache_s3.index.gc import Collector, GcSettings
 from lmcache_s3.index.log import Log, LogLimits
 from lmcache_s3.index.service import Index, IndexSettings, Verdict
 from lmcache_s3.testing.faults import Fault, FaultyStore
+from lmcache_s3.testing.lean_store import LeanStore
 from lmcache_s3.testing.shared_history import SharedHistory
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.stores.counting import CountingStore
@@ -55,18 +57,16 @@ _LOOK_AHEAD = 4
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """How to reach the bucket. slow_s: added to every request."""
+    """How to reach the bucket. slow_s: added to every request. lean: by the client made for load, else by ours."""
 
     url: str
     endpoint_url: str
     slow_s: float = 0.0
-    connections: int = 48
+    lean: bool = False
 
     def open(self) -> ObjectStore:
-        options = StoreOptions(
-            endpoint_url=self.endpoint_url, addressing_style="path", max_connections=self.connections
-        )
-        store = open_store(self.url, options=options)
+        options = StoreOptions(endpoint_url=self.endpoint_url, addressing_style="path", max_connections=48)
+        store = LeanStore(self.url, self.endpoint_url) if self.lean else open_store(self.url, options=options)
         if self.slow_s:
             return FaultyStore(store, [Fault(mode="latency", latency_s=self.slow_s)])
         return store
@@ -177,6 +177,9 @@ def work(where: Where, load: Load) -> Done:
             time.sleep(0.01)
         counting.reset()
         cpu_s = time.process_time()
+        gc.collect()
+        gc.freeze()  # what is there stays; and looking for cycles among 16 instances' objects is no instance's work
+        gc.disable()
         stop = threading.Event()
         watcher = threading.Thread(target=_watch, args=(load, indexes, done, stop))
         watcher.start()
