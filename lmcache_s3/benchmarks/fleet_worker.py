@@ -217,6 +217,7 @@ def _write(load: Load, writer: int, data: ObjectStore, index: Index, done: Done,
         else:
             if load.stall and rng.random() < load.stall:
                 time.sleep(load.stall_s)
+                due_s += load.stall_s
             futures.append(_commit(index, record, (writer, number), done, lock))
         number += 1
         due_s += load.every_s
@@ -340,7 +341,7 @@ def collect(where: Where, grace_s: float, extents: int, milestone: int, end_s: f
         store = where.open()
         stack.callback(store.close)
         executor = stack.enter_context(ThreadPoolExecutor(8))
-        log = _log(store, milestone)
+        log = new_log(store, milestone)
         opened = False
         while time.monotonic() < end_s:
             try:
@@ -361,21 +362,26 @@ def look(where: Where, milestone: int, end_s: float) -> Looked:
     """A process: are the bytes of every live extent there? What is missing must be gone from the index by then."""
     out = Looked()
     store = where.open()
-    log = _log(store, milestone)
+    log = new_log(store, milestone)
     opened = False
     while time.monotonic() < end_s + 10.0:  # and once more when all is at rest
         try:
             if not opened:
                 log.open()
                 opened = True
-            for extent in list(log.sync().in_order()):
-                if not _exists(store, extent.record) and extent.record.name in log.sync().extents:
-                    out.gone.append(f"{extent.record.name} at version {log.state.version}")
-                out.looks += 1
+            look_once(store, log, out)
         except LMCacheS3Error as e:
             out.errors[e.kind] += 1
     store.close()
     return out
+
+
+def look_once(store: ObjectStore, log: Log, out: Looked) -> None:
+    """At every extent live now."""
+    for extent in list(log.sync().in_order()):
+        if not _exists(store, extent.record) and extent.record.name in log.sync().extents:
+            out.gone.append(f"{extent.record.name} at version {log.state.version}")
+        out.looks += 1
 
 
 def _exists(store: ObjectStore, record: ExtentRecord) -> bool:
@@ -387,7 +393,7 @@ def _exists(store: ObjectStore, record: ExtentRecord) -> bool:
     return True
 
 
-def _log(store: ObjectStore, milestone: int) -> Log:
+def new_log(store: ObjectStore, milestone: int) -> Log:
     return Log(
         store,
         SPACE.id,
