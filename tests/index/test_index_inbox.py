@@ -848,3 +848,16 @@ def test_a_fleet_loses_nothing_whoever_leads_and_dies(faulty: bool) -> None:
             assert waits[len(waits) // 2] < 3
             assert waits[-1] < 2 * PATIENCE_S + 5
             assert not any(instance.follower.leader.leads for instance in survivors), "nothing more was stored"
+
+
+def test_many_lost_races_are_a_reason_to_lead_too(fleet: Fleet) -> None:
+    """A store that answers slowly never sees many versions a second, however many race for the next one."""
+    follower = fleet.add()
+    assert not follower.leader.should_claim()
+    for _ in range(4):
+        follower.log.pace.lost()
+    assert follower.log.rate.per_s() == 0
+    assert follower.leader.should_claim()
+    fleet.store_one(follower)
+    fleet.run(20.0, follower)
+    assert follower.log.state.lead == follower.log.writer
