@@ -90,10 +90,6 @@ ENGINES = {"torch", "vllm", "triton"}
     ],
 )
 def test_importing_draws_in_no_engine_and_no_torch(module: str, without: set[str]) -> None:
-    code = (
-        f"import sys, {module}\n"
-        f"heavy = {without!r} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
+    code = f"import sys, {module}\nheavy = {without!r} & set(sys.modules)\nassert not heavy, heavy\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
