@@ -1,0 +1,85 @@
+"""The memory budget: bytes in flight stay within it, stores that do not fit are dropped, loads wait."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from lmcache_s3.errors import Invalid, Unavailable
+from lmcache_s3.testing.small import random_kv, same_bits
+from lmcache_s3.testing.whole_arrays import SPACE, MakeTransfer, N, load, upload
+from lmcache_s3.tiers.host import HostTier
+
+
+def test_bytes_in_flight_stay_within_the_budget(make: MakeTransfer) -> None:
+    kv = random_kv(SPACE, 64 * N)
+    chunks = upload(make(), kv)
+    cell_bytes = chunks[0].cell(0).length
+    transfer = make(HostTier(1 << 20), io_threads=8, staging_bytes=5 * cell_bytes, piece_bytes=1)
+    for _ in range(2):
+        out, report, _ = load(transfer, chunks)
+        assert not report.failed
+        assert same_bits(out, kv)
+    assert transfer.drain(5)
+    assert 2 * cell_bytes <= transfer.budget.peak_bytes <= 5 * cell_bytes
+    assert transfer.budget.held_bytes == 0
+
+
+def test_a_store_that_does_not_fit_is_dropped_at_once_and_loads_go_on(make: MakeTransfer) -> None:
+    kv = random_kv(SPACE, 16 * N)
+    chunks = upload(make(), kv)
+    transfer = make(staging_bytes=8 * chunks[0].cell(0).length)
+    with pytest.raises(Unavailable) as e:
+        upload(transfer, kv)
+    assert (e.value.kind, e.value.key) == ("full", "staging_bytes")
+    assert transfer.drain(5)
+    assert transfer.budget.held_bytes == 0
+    assert load(transfer, chunks)[1].loaded_chunks == 16
+    assert same_bits(load(transfer, upload(transfer, kv[:, :, : 3 * N]))[0], kv[:, :, : 3 * N])
+
+
+def test_a_load_waits_for_memory_within_its_deadline(make: MakeTransfer) -> None:
+    transfer = make()
+    chunks = upload(transfer, random_kv(SPACE, 2 * N))
+    free = transfer.budget.total_bytes
+    assert transfer.budget.try_take(free)
+    report = load(transfer, chunks, deadline_s=0.1)[1]
+    assert [error.kind for _, _, error in report.failed] == ["timeout", "timeout"]
+    threading.Timer(0.1, transfer.budget.give_back, [free]).start()
+    assert load(transfer, chunks, deadline_s=5)[1].loaded_chunks == 2
+
+
+def test_a_budget_below_one_chunk_is_refused(make: MakeTransfer) -> None:
+    with pytest.raises(
+        Invalid, match=r"staging_bytes=1000 does not hold a chunk of this model: give at least \d+"
+    ) as e:
+        make(staging_bytes=1_000)
+    assert e.value.key == "staging_bytes"
+
+
+def test_an_upload_whose_first_cells_fail_gives_all_memory_back(make: MakeTransfer) -> None:
+    """However early it fails: later cells may not have been handed to a thread yet."""
+    kv = random_kv(SPACE, 16 * N)
+    transfer = make(staging_bytes=40 * kv.nbytes // 16, io_threads=1)  # 5 % of it: room for two cells
+    room = transfer.budget.total_bytes
+    for taken in (room, int(room * 0.7)):
+        assert transfer.budget.try_take(taken)
+        with pytest.raises(Unavailable):
+            upload(transfer, kv)
+        assert transfer.drain(5)
+        transfer.budget.give_back(taken)
+        assert transfer.budget.held_bytes == 0
+
+
+def test_a_load_does_not_starve_on_its_own_promotions(make: MakeTransfer) -> None:
+    """A budget of a few cells: what waits for the end of the load must not hold what the load needs."""
+    kv = random_kv(SPACE, 32 * N)
+    chunks = upload(make(), kv)
+    cell_bytes = chunks[0].cell(0).length
+    transfer = make(HostTier(1 << 22), io_threads=4, staging_bytes=4 * cell_bytes, piece_bytes=1)
+    out, report, _ = load(transfer, chunks, deadline_s=20)
+    assert not report.failed
+    assert same_bits(out, kv)
+    assert transfer.drain(5)
+    assert transfer.budget.held_bytes == 0

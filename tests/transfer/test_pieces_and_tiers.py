@@ -1,0 +1,112 @@
+"""Where a load's cells come from: requests of a bounded size, the fastest tier that has them; what is promoted when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmcache_s3.errors import Invalid
+from lmcache_s3.testing.small import random_kv, same_bits
+from lmcache_s3.testing.whole_arrays import SPACE, MakeTransfer, N, load, upload
+from lmcache_s3.tiers.disk import DiskTier
+from lmcache_s3.tiers.host import HostTier
+from lmcache_s3.tiers.stores.counting import CountingStore
+
+
+def test_pieces_bound_requests_from_both_sides(make: MakeTransfer, store: CountingStore) -> None:
+    kv = random_kv(SPACE, 8 * N)
+    chunks = upload(make(), kv)
+    cell_bytes = chunks[0].cell(0).length
+    for piece_bytes, requests in ((64 << 20, 1), (4 * cell_bytes, 2), (1, 8)):
+        before = store.counts["get"]
+        out, report, _ = load(make(piece_bytes=piece_bytes), chunks)
+        assert report.requests == store.counts["get"] - before == requests
+        assert report.tier_bytes == {"object": 8 * cell_bytes}
+        assert same_bits(out, kv)
+
+
+def test_what_was_uploaded_comes_from_the_host_and_what_was_loaded_is_promoted(
+    make: MakeTransfer, store: CountingStore, tmp_path: Path
+) -> None:
+    kv = random_kv(SPACE, 4 * N)
+    writer = make(HostTier(1 << 20))
+    chunks = upload(writer, kv)
+    assert writer.drain(5)
+    assert store.counts["get"] == 0
+    assert set(load(writer, chunks)[1].tier_bytes) == {"host"}
+    host, disk = HostTier(1 << 20), DiskTier(tmp_path, 1 << 20)
+    reader = make(host, disk)
+    for source in ("object", "host"):
+        out, report, _ = load(reader, chunks)
+        assert set(report.tier_bytes) == {source}
+        assert same_bits(out, kv)
+        assert reader.drain(5)
+    host.evict(1 << 20)
+    out, report, _ = load(reader, chunks)
+    assert (set(report.tier_bytes), report.requests) == ({"disk"}, 0)
+    assert same_bits(out, kv)
+    assert reader.drain(5)
+    assert host.stats().cells == 4
+    assert reader.budget.held_bytes == 0
+
+
+def test_each_cell_comes_from_the_fastest_tier_that_has_it(make: MakeTransfer, tmp_path: Path) -> None:
+    host, disk = HostTier(1 << 20), DiskTier(tmp_path, 1 << 20)
+    transfer = make(host, disk)
+    kv = random_kv(SPACE, 6 * N)
+    chunks = upload(transfer, kv)
+    assert transfer.drain(5)
+    cells = [chunk.cell(0) for chunk in chunks]
+    host.discard(cells[2:])
+    disk.discard([cells[1], cells[4]])
+    out, report, _ = load(transfer, chunks)
+    n = cells[0].length
+    assert report.tier_bytes == {"host": 2 * n, "disk": 3 * n, "object": n}
+    assert same_bits(out, kv)
+
+
+def test_a_damaged_disk_is_passed_over_and_mended(make: MakeTransfer, tmp_path: Path) -> None:
+    disk = DiskTier(tmp_path, 1 << 20)
+    transfer = make(disk)
+    kv = random_kv(SPACE, 4 * N)
+    chunks = upload(transfer, kv)
+    assert transfer.drain(5)
+    files = sorted(file for file in (tmp_path / "cells").rglob("*") if file.is_file())
+    files[1].write_bytes(files[2].read_bytes())
+    files[3].write_bytes(files[3].read_bytes()[:-1])
+    out, report, _ = load(transfer, chunks)
+    assert not report.failed
+    assert report.requests == 2
+    assert same_bits(out, kv)
+    assert transfer.drain(5)
+    assert disk.stats().bad_cells == 2
+    assert load(transfer, chunks)[1].requests == 0
+
+
+def test_prefetch_brings_cells_into_a_tier(make: MakeTransfer, tmp_path: Path) -> None:
+    kv = random_kv(SPACE, 4 * N)
+    chunks = upload(make(), kv)
+    transfer = make(HostTier(1 << 20), DiskTier(tmp_path, 1 << 20))
+    assert transfer.prefetch(chunks, "disk").result(5).loaded_chunks == 4
+    assert [transfer.stats()[name].cells for name in ("host", "disk")] == [0, 4]
+    assert transfer.prefetch(chunks, "host").result(5).tier_bytes == {"disk": sum(c.cell(0).length for c in chunks)}
+    assert transfer.stats()["host"].cells == 4
+    for name in ("device", "object"):
+        with pytest.raises(Invalid, match="there is: host, disk"):
+            transfer.prefetch(chunks, name)
+
+
+def test_promotions_of_a_load_wait_for_its_end(make: MakeTransfer) -> None:
+    chunks = upload(make(), random_kv(SPACE, 8 * N))
+    transfer = make(HostTier(1 << 20), io_threads=1, piece_bytes=1)
+    kept: list[int] = []
+
+    def sink(chunk: int, layers: range, heads: range, cell: np.ndarray) -> None:
+        kept.append(transfer.stats()["host"].cells)
+
+    assert transfer.load(chunks, sink).result(10).loaded_chunks == 8
+    assert set(kept) == {0}
+    assert transfer.drain(5)
+    assert transfer.stats()["host"].cells == len(kept)
