@@ -1,4 +1,4 @@
-"""`Index`: futures, group commits, what happens when the store fails, read-only, hidden and pinned extents; probe."""
+"""`Index`: futures, group commits, what happens when the store fails, read-only, hidden and pinned extents, leaders."""
 
 from __future__ import annotations
 
@@ -7,31 +7,21 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lmcache_s3.errors import Invalid, Unavailable, Unsafe, Unusable
-from lmcache_s3.identity import KVGroup, Space
+from lmcache_s3.errors import Invalid, Unavailable, Unusable
 from lmcache_s3.index.manifest import Verdict, log_key
-from lmcache_s3.index.probe import probe
 from lmcache_s3.index.service import Index, IndexSettings
-from lmcache_s3.index.space_file import ensure_space, space_key
 from lmcache_s3.testing.faults import Fault, FaultyStore, Verb
+from lmcache_s3.testing.small import small_space
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.stores.counting import CountingStore
-from lmcache_s3.tiers.stores.local import LocalStore
 from lmcache_s3.tiers.stores.open import open_store
 from lmcache_s3.types import Buffer, ExtentName, ExtentRecord, Grid, Outcome
 
-SPACE = Space(
-    weights="ab" * 32,
-    kv_dtype="bfloat16",
-    groups=(KVGroup("full", layers=2, kv=2, heads=2, head_dim=8),),
-    rope={},
-    chunk_tokens=16,
-)
+SPACE = small_space()
 FAST = IndexSettings(poll_s=0.02)
 OFF: frozenset[Verb] = frozenset({"get", "put", "create", "delete", "list"})
 
@@ -47,11 +37,6 @@ def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
     while not holds():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.005)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> CountingStore:
-    return CountingStore(LocalStore(tmp_path))
 
 
 @pytest.fixture
@@ -380,104 +365,6 @@ def test_settings_are_checked() -> None:
     for bad in ({"poll_s": 0}, {"checkpoint_every": 0}, {"max_pending": -1}, {"hand_over_s": 0}, {"merge_s": -1}):
         with pytest.raises(Invalid):
             IndexSettings(**bad)  # type: ignore[arg-type]
-
-
-# ---- the space's file ----
-
-
-def test_space_file(store: CountingStore) -> None:
-    ensure_space(store, SPACE, read_only=True)
-    assert list(store.list("")) == []
-    ensure_space(store, SPACE)
-    assert store.get(space_key(SPACE.id)) == SPACE.to_json()
-    store.counts.clear()
-    ensure_space(store, SPACE)
-    assert store.counts == {"get": 1}
-
-
-@pytest.mark.parametrize("mode", ["lost_answer", "error"])
-def test_space_file_whose_answer_is_lost(store: CountingStore, mode: Any) -> None:
-    faulty = FaultyStore(store, [Fault(mode=mode, verbs=frozenset({"create"}))])
-    if mode == "lost_answer":
-        ensure_space(faulty, SPACE)
-    else:
-        with pytest.raises(Unavailable):
-            ensure_space(faulty, SPACE)
-
-
-def test_a_foreign_space_file_is_refused(store: CountingStore) -> None:
-    other = Space(
-        **{f: getattr(SPACE, f) for f in SPACE.__dataclass_fields__} | {"weights": "cd" * 32, "model": "other"}
-    )
-    for content in (other.to_json(), b"junk", b"{}"):
-        store.put(space_key(SPACE.id), content)
-        for read_only in (False, True):
-            with pytest.raises(Unsafe) as e:
-                Index.open(store, SPACE, settings=IndexSettings(read_only=read_only))
-            assert e.value.kind == "foreign_space"
-            assert "\n" not in str(e.value)
-
-
-# ---- the probe ----
-
-
-class Racy(LocalStore):
-    """Looks, then writes: what many clients call put-if-absent."""
-
-    def create(self, key: str, data: Buffer) -> Outcome:
-        if any(info.key == key for info in self.list(key)):
-            return Outcome.LOST
-        time.sleep(0.01)
-        self.put(key, data)
-        return Outcome.WON
-
-
-class Ignoring(LocalStore):
-    """Ignores the condition, and is quick enough to be caught only by what it holds."""
-
-    def create(self, key: str, data: Buffer) -> Outcome:
-        self.put(key, data)
-        return Outcome.WON
-
-
-class Liar(LocalStore):
-    """Answers as it should, but writes anyway."""
-
-    def create(self, key: str, data: Buffer) -> Outcome:
-        outcome = super().create(key, data)
-        self.put(key, data)
-        return outcome
-
-
-@pytest.mark.parametrize("kind", [Racy, Ignoring, Liar])
-def test_probe_refuses(kind: type[LocalStore], tmp_path: Path) -> None:
-    store = kind(tmp_path)
-    with pytest.raises(Unsafe, match=r"single_writer=true") as e:
-        Index.open(store, SPACE)
-    assert e.value.kind == "no_put_if_absent"
-    assert store.url in str(e.value)
-    assert not list(store.list("probe/")), "cleans up"
-    index = Index.open(store, SPACE, settings=IndexSettings(single_writer=True))
-    assert index.probed is None
-    index.close()
-
-
-def test_probe_accepts(store: CountingStore, memory_url: str) -> None:
-    for good in (store, open_store(memory_url)):
-        report = probe(good, "spaces/")
-        assert (report.races, report.undecided) == (3, 0)
-        assert not list(good.list("spaces/probe/"))
-
-
-def test_probe_that_nobody_answers_is_no_proof(store: CountingStore) -> None:
-    with pytest.raises(Unavailable):
-        probe(FaultyStore(store, [Fault(mode="lost_answer", verbs=frozenset({"create"}))]), "")
-
-
-def test_probe_survives_some_lost_answers(store: CountingStore) -> None:
-    lossy = FaultyStore(store, [Fault(mode="lost_answer", verbs=frozenset({"create"}), times=1)])
-    report = probe(lossy, "")
-    assert report.undecided <= 1
 
 
 # ---- a real S3 server ----
