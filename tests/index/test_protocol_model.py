@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from lmcache_s3.testing.protocol_model import CONFIGS, MUTANTS, Config, Model, main
+from lmcache_s3.testing.protocol_configs import CONFIGS, MUTANTS, Config
+from lmcache_s3.testing.protocol_model import Model, main
 
 SMALL = {
     "commits": Config(3, (("a",), ("b",)), checkpointers=(1,), gcs=(0,), late=1, kinds=("create",)),
