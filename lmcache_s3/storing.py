@@ -1,15 +1,17 @@
 """What `Cache.store` does in the background: cut a prompt's new chunks into extents, upload, publish, one by one.
 
-An extent takes about `extent_bytes` of expected encoded bytes. Extents follow one another along the prompt and each is
-committed before the next begins, so whatever goes wrong leaves a usable prefix.
+An extent takes about `extent_bytes` of expected encoded bytes. Extents follow one another along the prompt: each is
+uploaded, and its commit asked for, before the next begins, so whatever goes wrong leaves a usable prefix. Nobody waits
+for a commit here: with a leader that takes seconds, in which many extents are uploaded and ride in one version.
 Raises nothing of its own; what goes wrong ends the handle.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,8 +96,49 @@ class _Part:
     n_chunks: int
 
 
+class _Stored:
+    """What became of a prompt's extents; ends the work when the last of them is judged, or one has failed."""
+
+    def __init__(self, work: Work[StoreReport], known: int) -> None:
+        self._work, self._known = work, known
+        self._added: list[tuple[ExtentName, Future[Verdict]]] = []
+        self._n_bytes = 0
+        self._left = 1
+        """Not judged yet; one more until all are added."""
+        self._lock = threading.Lock()
+
+    def add(self, name: ExtentName, verdict: Future[Verdict], raw_bytes: int, n_bytes: int) -> None:
+        self._n_bytes += n_bytes
+        self._added.append((name, verdict))
+        with self._lock:
+            self._left += 1
+
+        def judged(done: Future[Verdict]) -> None:
+            error = done.exception()
+            if error is not None:
+                self._work.fail(error)
+            else:
+                self._work.advance(raw_bytes)
+                self._one_less()
+
+        verdict.add_done_callback(judged)
+
+    def all_added(self) -> None:
+        self._one_less()
+
+    def _one_less(self) -> None:
+        with self._lock:
+            self._left -= 1
+            if self._left:
+                return
+        names = tuple(name for name, _ in self._added)
+        verdicts = tuple(verdict.result() for _, verdict in self._added)
+        stored = sum(name.n_chunks for name in names)
+        self._work.finish(StoreReport(stored, self._known, names, verdicts, self._n_bytes))
+
+
 class Storer:
-    """Stores prompts, two at a time. Thread-safe."""
+    """Stores prompts; uploads of two at a time. Thread-safe."""
 
     def __init__(self, transfer: Transfer, publisher: Publisher, index: Index, grid: Grid, extent_bytes: int) -> None:
         self._transfer = transfer
@@ -116,7 +159,7 @@ class Storer:
 
         def run() -> None:
             try:
-                work.finish(self._run(work, root, hashes, known, kv))
+                self._run(work, root, hashes, known, kv)
             except LMCacheS3Error as e:
                 work.fail(e)
 
@@ -126,31 +169,23 @@ class Storer:
             except RuntimeError:  # the pool is shut down
                 work.fail(Unavailable("the cache is closed", kind="closed"))
             else:
-                future.add_done_callback(lambda done: _end(work, None if done.cancelled() else done.exception()))
+                future.add_done_callback(lambda done: _end(work, done))
         return work.handle
 
-    def _run(
-        self, work: Work[StoreReport], root: bytes, hashes: Sequence[bytes], known: int, kv: np.ndarray
-    ) -> StoreReport:
-        names: list[ExtentName] = []
-        verdicts: list[Verdict] = []
-        n_bytes = 0
+    def _run(self, work: Work[StoreReport], root: bytes, hashes: Sequence[bytes], known: int, kv: np.ndarray) -> None:
+        store = _Stored(work, known)
         for part in self._parts(root, hashes, known):
             name, shards = self._upload(work, part, kv)
             if work.over:  # the caller may have changed its array since: what was uploaded is nobody's
-                break
+                return
             geometry = self._transfer.geometry
             first_token = part.first * geometry.chunk_tokens
             raw_bytes = geometry.chunk_bytes * part.n_chunks
-            published = self._publisher.publish(
+            verdict = self._publisher.publish(
                 name, self._grid, part.parent, first_token, part.hashes, raw_bytes, shards
             )
-            verdicts.append(published.result())
-            names.append(name)
-            n_bytes += sum(shard.n_bytes for shard in shards)
-            work.advance(raw_bytes)
-        stored = sum(name.n_chunks for name in names)
-        return StoreReport(stored, known, tuple(names), tuple(verdicts), n_bytes)
+            store.add(name, verdict, raw_bytes, sum(shard.n_bytes for shard in shards))
+        store.all_added()
 
     def _parts(self, root: bytes, hashes: Sequence[bytes], known: int) -> Iterator[_Part]:
         for first in range(known, len(hashes), self._chunks_per_extent):
@@ -183,6 +218,9 @@ def _cancel(uploads: Sequence[Handle[StoredShard]]) -> None:
         upload.cancel()
 
 
-def _end(work: Work[Any], error: BaseException | None) -> None:
-    """For what nobody foresaw; a no-op if the work has ended as it should."""
-    work.fail(error or Unavailable("the cache is closed", kind="closed"))
+def _end(work: Work[Any], done: Future[None]) -> None:
+    """For a thread that never began, and for what nobody foresaw."""
+    if done.cancelled():
+        work.fail(Unavailable("the cache is closed", kind="closed"))
+    elif (error := done.exception()) is not None:
+        work.fail(error)

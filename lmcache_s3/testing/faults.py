@@ -58,7 +58,7 @@ class FaultyStore:
         faults: Sequence[Fault] = (),
         *,
         seed: int = 0,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self.inner = inner
         self.fired: Counter[str] = Counter()

@@ -6,6 +6,8 @@ import asyncio
 import secrets
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +212,28 @@ def test_long_prompts_become_several_extents(tmp_path: Path) -> None:
     with open_cache(url) as reader:
         got = reader.retrieve(reader.lookup(tokens)).result(10)
     assert same_bits(got.array, kv)
+
+
+def test_stores_do_not_wait_for_one_anothers_commits() -> None:
+    """With a leader a commit takes seconds. All that is uploaded meanwhile rides in the next version."""
+    inner, go_on = open_store(fresh_memory_url()), threading.Event()
+    slow = FaultyStore(
+        inner,
+        [Fault(mode="latency", verbs=frozenset({"create"}), key="manifest/log/", latency_s=1)],
+        sleep=lambda _: go_on.wait(30),
+    )
+    settings = small_settings("memory://unused", extent_bytes=SPACE.geometry.chunk_bytes)
+    with Cache.on_store(slow, SPACE, settings) as cache:
+        handles = [cache.store(random_tokens(3 * N, seed), random_kv(SPACE, 3 * N, seed)) for seed in range(10)]
+        deadline = time.monotonic() + 20
+        while sum(DATA_KEY in info.key for info in inner.list("")) < 30 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert sum(DATA_KEY in info.key for info in inner.list("")) == 30
+        assert not any(handle.done() for handle in handles)
+        go_on.set()
+        reports = [handle.result(20) for handle in handles]
+        assert all(report.verdicts == (Verdict.LIVE,) * 3 and report.stored_chunks == 3 for report in reports)
+        assert cache.index.version < 10
 
 
 def test_two_that_store_the_same_at_once_agree(pair: tuple[Cache, Cache]) -> None:
