@@ -57,9 +57,15 @@ floor, past which no extent it might have named can become live."""
 MAX_ROUND_OBJECTS = 8192
 MAX_ROUND_BYTES = 64 * 2**20
 """Read in one round; the rest waits for the next. Bounds memory, whatever lies in the inbox."""
+STRAGGLER_S = 0.5
+"""A round goes on without what the store has not given by then. Of hundreds of GETs a second one hangs now and then,
+for as long as a client waits for an answer: everybody would wait with it, and take the leader for dead."""
 _MAX_JUNK = 10_000
 
 _ULID = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}", re.ASCII)
+
+_Got = bytes | Unusable | Unavailable | None
+"""An inbox object's bytes; why they are not to be had; None: deleted since it was listed, by another who merges."""
 
 R = TypeVar("R")
 W = TypeVar("W", bound=Wanted)
@@ -68,14 +74,16 @@ W = TypeVar("W", bound=Wanted)
 @dataclass(slots=True)
 class InboxCounters:
     """Events since start. merged: inbox objects of which a version made here carried something. deleted: inbox objects
-    deleted once judged. junk: objects found that are no delta. junk_deleted: of these deleted, being old. unread,
-    undeleted: requests for single objects that failed, left for the next round."""
+    deleted once judged. junk: objects found that are no delta. junk_deleted: of these deleted, being old. late: GETs
+    that a round did not wait for. unread, undeleted: requests for single objects that failed, left for the next round.
+    """
 
     rounds: int = 0
     merged: int = 0
     deleted: int = 0
     junk: int = 0
     junk_deleted: int = 0
+    late: int = 0
     unread: int = 0
     undeleted: int = 0
 
@@ -102,10 +110,12 @@ class Inbox:
         self._executor = executor
         self._behind = executor if deletes_behind else None
         self._deleting: dict[str, Future[bool]] = {}
+        self._reading: dict[str, Future[_Got]] = {}
+        """GETs begun in an earlier round that were not waited for."""
         self._junk: dict[str, None] = {}
         """Keys that were read and are no delta: not read again."""
         self._known: set[str] = set()
-        """Keys of the last round."""
+        """Keys of what the last round read."""
         self._prefix = inbox_prefix(log.space_id)
 
     def merge(
@@ -127,7 +137,7 @@ class Inbox:
         listed, old_junk = self._list(newest_s)
         found = self._read(listed)
         arrived = sum(handed.key not in self._known for handed in found)
-        self._known = {info.key for info in listed}
+        self._known = {handed.key for handed in found}
         self.counters.junk_deleted += self._delete(old_junk)
 
         judged, waiting = self._sorted(found)
@@ -166,11 +176,13 @@ class Inbox:
 
     def _read(self, listed: Sequence[ObjectInfo]) -> list[HandedOver]:
         """What could be read. A GET that fails must not stop the others, nor the leader's own commits: it may be one
-        object that its store will never give again."""
+        object that its store will never give again. Nor must one that hangs."""
         found: list[HandedOver] = []
-        for info, data in zip(listed, self._map(self._get, [info.key for info in listed]), strict=True):
+        for info, data in zip(listed, self._gets([info.key for info in listed]), strict=True):
             if isinstance(data, Unavailable):
                 self.counters.unread += 1
+            elif isinstance(data, TimeoutError):
+                self.counters.late += 1
             elif data is not None:
                 change = _decoded(data)
                 if change is None:
@@ -180,8 +192,22 @@ class Inbox:
             breathe()
         return found
 
-    def _get(self, key: str) -> bytes | Unusable | Unavailable | None:
-        """None: deleted since it was listed, by another who merges."""
+    def _gets(self, keys: Sequence[str]) -> Iterator[_Got | TimeoutError]:
+        """One for each key. What hangs goes on meanwhile: a later round takes what came of it."""
+        begun, self._reading = self._reading, {}
+        if self._executor is None:
+            yield from map(self._get, keys)
+            return
+        gets = {key: begun.get(key) or self._executor.submit(self._get, key) for key in keys}
+        until_s = self.log.clock() + STRAGGLER_S
+        for key, get in gets.items():
+            try:
+                yield get.result(max(0.0, until_s - self.log.clock()))
+            except TimeoutError as e:
+                self._reading[key] = get
+                yield e
+
+    def _get(self, key: str) -> _Got:
         try:
             return self.log.store.get(key, limit_bytes=MAX_VERSION_BYTES)
         except Missing:

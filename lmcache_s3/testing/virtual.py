@@ -236,18 +236,28 @@ class VirtualFuture(concurrent.futures.Future[T]):
         self._simulation = simulation
 
     def result(self, timeout: float | None = None) -> T:
-        self._wait()
+        self._wait(timeout)
         return super().result(0)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._wait()
+        self._wait(timeout)
         return super().exception(0)
 
-    def _wait(self) -> None:
-        if not self.done():
-            me = getcurrent()
-            self.add_done_callback(lambda _: self._simulation.wake(me))
+    def _wait(self, timeout_s: float | None) -> None:
+        if self.done():
+            return
+        me, waits = getcurrent(), True
+
+        def wake(_: object) -> None:
+            if waits:
+                self._simulation.wake(me)
+
+        self.add_done_callback(wake)
+        if timeout_s is None:
             self._simulation.park()
+        else:
+            self._simulation.sleep(timeout_s)
+        waits = False
 
 
 class VirtualExecutor(concurrent.futures.Executor):

@@ -107,6 +107,18 @@ def test_what_a_call_in_the_pool_raises_comes_out_where_its_result_is_asked_for(
         future.result()
 
 
+def test_a_result_can_be_waited_for_a_while(sim: Simulation) -> None:
+    future = VirtualExecutor(sim, 1).submit(sim.sleep, 3.0)
+    with pytest.raises(TimeoutError):
+        future.result(1.0)
+    assert sim.clock() == 1.0
+    sim.sleep(0.5)
+    assert future.result(5.0) is None
+    assert sim.clock() == 3.0
+    sim.sleep(10.0)  # no wake-up is left over
+    assert sim.clock() == 13.0
+
+
 def test_what_a_process_raises_comes_out_of_the_run(sim: Simulation) -> None:
     def body() -> None:
         sim.sleep(1.0)

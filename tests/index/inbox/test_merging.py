@@ -73,6 +73,27 @@ def test_one_failed_get_does_not_stop_the_others(fleet: Fleet) -> None:
     assert inbox.counters.unread == 2
 
 
+def test_a_round_does_not_wait_for_a_get_that_hangs(fleet: Fleet) -> None:
+    records = [make_record() for _ in range(5)]
+    keys = [inbox_key(SPACE_ID, str(ULID())) for _ in records]
+    for key, record in zip(keys, records, strict=True):
+        fleet.store.put(key, encode_delta(Delta(OTHER, add=(record,))))
+    go_on = threading.Event()
+    hangs = Fault(mode="latency", verbs=frozenset({"get"}), key=keys[1], latency_s=1)
+    faulty = FaultyStore(fleet.store, [hangs], sleep=lambda _: go_on.wait(30))
+    with ThreadPoolExecutor(4) as pool:
+        inbox = Inbox(fleet.log(faulty), pool)
+        assert inbox.merge() == 4
+        assert inbox.merge() == 0
+        assert set(inbox.log.state.extents) == {record.name for record in records} - {records[1].name}
+        assert (inbox.counters.late, faulty.fired["latency"]) == (2, 1)
+        go_on.set()
+        assert inbox.merge() == 1
+        assert len(inbox.log.state.extents) == 5
+        assert faulty.fired["latency"] == 1, "asked for once"
+    assert not fleet.inbox()
+
+
 def test_deletions_go_on_beside_the_next_round(fleet: Fleet) -> None:
     gate, deleted = threading.Event(), []
 
@@ -99,7 +120,7 @@ def test_deletions_go_on_beside_the_next_round(fleet: Fleet) -> None:
     assert len(fleet.inbox()) == 1
     assert inbox.counters.deleted == 0
     with ThreadPoolExecutor(1) as executor:
-        inbox._behind = executor
+        inbox._executor = inbox._behind = executor
         inbox.merge()
     inbox.merge()
     assert not fleet.inbox()
