@@ -23,8 +23,10 @@ from lmcache_s3.index.gc import Checkpoint, Collector
 from lmcache_s3.index.inbox import HandedOver, HandOvers, Inbox
 from lmcache_s3.index.log import Log, _Read
 from lmcache_s3.index.manifest import State, Verdict, fence, log_key
-from lmcache_s3.testing import manifest_model
-from lmcache_s3.testing.manifest_model import Rules, Violation, object_keys, play
+from lmcache_s3.testing import manifest_world
+from lmcache_s3.testing.manifest_model import play
+from lmcache_s3.testing.manifest_process import Rules, Violation
+from lmcache_s3.testing.manifest_roles import object_keys
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.types import ExtentName, ExtentRecord, Outcome
 
@@ -64,7 +66,7 @@ def _patched(patches: dict[str, Callable[..., Any]]) -> Iterator[None]:
     """Replace functions of `manifest` wherever they were imported to."""
     with ExitStack() as stack:
         for name, function in patches.items():
-            for module in (manifest, log, change, inbox, manifest_model):
+            for module in (manifest, log, change, inbox, manifest_world):
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, function))
         yield

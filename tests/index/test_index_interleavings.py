@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from lmcache_s3.testing.manifest_model import CASTS, Fate, Process, Violation, World, halt, play, populate
+from lmcache_s3.testing.manifest_model import CASTS, halt, play, populate
+from lmcache_s3.testing.manifest_process import Fate, Process, Violation
+from lmcache_s3.testing.manifest_world import World
 from lmcache_s3.testing.mutants import MUTANTS, Mutant, caught
 
 
