@@ -140,6 +140,8 @@ class Inbox:
         self._known = {handed.key for handed in found}
         self.counters.junk_deleted += self._delete(old_junk)
 
+        if any(one.change.remove for one in found):
+            self.log.sync()  # a state from before the hand-over may not have the extent yet: as good as removed
         judged, waiting = self._sorted(found)
         self._forget(judged)
         parts = (HandedOver(one.key, part, one.whole) for one in waiting for part in one.change.parts())

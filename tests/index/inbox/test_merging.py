@@ -38,6 +38,19 @@ def test_an_inbox_object_goes_only_after_the_version_is_confirmed(fleet: Fleet) 
     assert log.state.version == 2
 
 
+def test_a_removal_is_not_judged_by_a_state_from_before_it(fleet: Fleet) -> None:
+    """Whoever merges may have stood still between its look at the log and its look at the inbox."""
+    merger = fleet.log()
+    merger.open()
+    writer, record = fleet.log(), make_record()
+    writer.commit([record])
+    fleet.store.put(inbox_key(SPACE_ID, str(ULID())), encode_delta(Delta(OTHER, remove=(record.name,))))
+    assert merger.state.version == 0
+    Inbox(merger).merge()
+    writer.sync()
+    assert (list(writer.state.extents), fleet.inbox()) == ([], [])
+
+
 def test_a_failed_deletion_is_made_up_for(fleet: Fleet) -> None:
     faulty = FaultyStore(fleet.store, [Fault(mode="error", verbs=frozenset({"delete"}))])
     log = fleet.log(faulty)
