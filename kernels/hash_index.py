@@ -27,6 +27,7 @@ NEVER = np.iinfo(np.uint64).max
 
 _AHEAD = 32
 """Rows whose slots are fetched at once."""
+_NOBODY = np.empty(0, np.int64)
 _MOST_OF_AN_OWNER = 2**16
 """Rows of an owner, at most."""
 
@@ -72,6 +73,38 @@ def insert(
     return np.int64(-1) if touched >= 0 else np.int64(0)
 
 
+@kernel
+def _oldest(
+    slots: np.ndarray,
+    seed: np.uint64,
+    shift: np.uint64,
+    hashes: np.ndarray,
+    owner: np.ndarray,
+    removed_at: np.ndarray,
+    rows: int,
+    version: np.uint64,
+    hidden: np.ndarray,
+    first: np.uint64,
+    second: np.uint64,
+) -> np.int64:
+    """The oldest visible row of a hash (its halves) whose owner is not in `hidden`, or −1."""
+    mask = np.uint64(slots.size - 1)
+    at = (first * seed) >> shift
+    while slots[at] != 0:
+        row = np.int64(slots[at]) - 1
+        if row < rows and hashes[row, 0] == first and hashes[row, 1] == second:
+            who = np.int64(owner[row])
+            if removed_at[who] > version:
+                seen = True
+                for k in range(hidden.size):
+                    if hidden[k] == who:
+                        seen = False
+                if seen:
+                    return row
+        at = (at + np.uint64(1)) & mask
+    return np.int64(-1)
+
+
 @partial(kernel, nogil=False)
 def match(
     slots: np.ndarray,
@@ -90,26 +123,13 @@ def match(
 
     hidden: i64, owners that are passed over.
     """
-    mask = np.uint64(slots.size - 1)
     for i in range(keys.shape[0]):
-        at = (keys[i, 0] * seed) >> shift
-        found = np.int64(-1)
-        while slots[at] != 0:
-            row = np.int64(slots[at]) - 1
-            if row < rows and hashes[row, 0] == keys[i, 0] and hashes[row, 1] == keys[i, 1]:
-                who = np.int64(owner[row])
-                if removed_at[who] > version:
-                    seen = True
-                    for k in range(hidden.size):
-                        if hidden[k] == who:
-                            seen = False
-                    if seen:
-                        found = row
-                        break
-            at = (at + np.uint64(1)) & mask
-        if found < 0:
+        row = _oldest(
+            slots, seed, shift, hashes, owner, removed_at, rows, version, hidden, keys[i, 0], keys[i, 1]
+        )
+        if row < 0:
             return np.int64(i)
-        out[i] = found
+        out[i] = row
     return np.int64(keys.shape[0])
 
 
@@ -154,17 +174,10 @@ def resolve(
     out: np.ndarray,
 ) -> None:
     """out[i] = the oldest visible row of keys[i] (u64 [n, 2]), or −1. For bulk work: releases the GIL."""
-    mask = np.uint64(slots.size - 1)
     for i in range(keys.shape[0]):
-        at = (keys[i, 0] * seed) >> shift
-        out[i] = -1
-        while slots[at] != 0:
-            row = np.int64(slots[at]) - 1
-            same = row < rows and hashes[row, 0] == keys[i, 0] and hashes[row, 1] == keys[i, 1]
-            if same and removed_at[owner[row]] > version:
-                out[i] = row
-                break
-            at = (at + np.uint64(1)) & mask
+        out[i] = _oldest(
+            slots, seed, shift, hashes, owner, removed_at, rows, version, _NOBODY, keys[i, 0], keys[i, 1]
+        )
 
 
 @kernel

@@ -30,6 +30,7 @@ from typing import TypeVar
 
 from lmcache_s3.errors import Conflict, Invalid, LMCacheS3Error, Missing, Unavailable, Unusable
 from lmcache_s3.identity import root_hash
+from lmcache_s3.index.columns import columns_of
 from lmcache_s3.index.delta import MAX_INTEGER, Delta, encode_delta
 from lmcache_s3.index.history import Versions, list_versions
 from lmcache_s3.index.inbox import Inbox
@@ -265,7 +266,7 @@ class Collector:
             unused_since=0 if settings.ttl_s is None else versions.newest_at(now_s - settings.ttl_s),
             unreachable_since=versions.newest_at(now_s - settings.grace_s),
         )
-        columns = state.columns()
+        columns = columns_of(state)
         victims = choose(columns, limits)
         return [
             Removal(columns.name(row), Why(why), int(columns.encoded_bytes[row]))

@@ -44,7 +44,6 @@ __all__ = [
     "MILESTONE",
     "NOBODY",
     "Delta",
-    "ExtentColumns",
     "LiveExtent",
     "State",
     "Verdict",
@@ -71,10 +70,6 @@ MILESTONE = 4096
 _LAST = 10**20 - 1
 _SPARE_ROWS = 2**16
 """Dead rows that a table may always hold; beyond these and a quarter of the live ones it is copied without them."""
-NO_PARENT = -2
-"""`ExtentColumns.parent_row`: no live extent holds the chunk before the first."""
-AT_ROOT = -1
-"""`ExtentColumns.parent_row`: the extent begins at token 0."""
 
 
 class Verdict(Enum):
@@ -100,35 +95,6 @@ class LiveExtent:
     def order(self) -> tuple[int, int]:
         """Sorts extents by first add."""
         return (self.created, self.place)
-
-
-@dataclass(frozen=True, slots=True)
-class ExtentColumns:
-    """All live extents of a state, one row each, in the order of first add. int64 but for `root`.
-
-    root: V16, `parent` where the extent begins at token 0, else zeros: the tenant. parent_row: row of the live extent
-    that holds the chunk before the first; `AT_ROOT`; or `NO_PARENT`. covered: every chunk is in live extents added
-    before.
-    """
-
-    state: State
-    owners: Array
-    n_chunks: Array
-    encoded_bytes: Array
-    raw_bytes: Array
-    first_token: Array
-    born: Array
-    created: Array
-    last_access: Array
-    root: Array
-    parent_row: Array
-    covered: Array
-
-    def __len__(self) -> int:
-        return len(self.owners)
-
-    def name(self, row: int) -> ExtentName:
-        return self.state.table.name(self.state.arrays, int(self.owners[row]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -223,49 +189,6 @@ class State:
         out: Array = self.arrays.owners.created[owners].copy()
         known = owners < len(self.accessed)
         out[known] = np.maximum(out[known], self.accessed[owners[known]])
-        return out
-
-    def columns(self) -> ExtentColumns:
-        """All live extents as columns; about a second for ten million chunks."""
-        owners, a = self.live_owners(), self.arrays
-        o = a.owners
-        counts = o.counts[owners]
-        widths = o.stages[owners].astype(np.int64) * o.head_groups[owners]
-        encoded = np.empty(len(owners), np.int64)
-        hash_index.sums_of(a.cells.lengths, o.cells[owners], counts * widths, encoded)
-        at_root = o.first_token[owners] == 0
-        parents = np.ascontiguousarray(o.parents[owners])
-        root = parents.view("V16").ravel().copy()
-        root[~at_root] = np.zeros(1, "V16")[0]
-        holders = self.resolve(parents)
-        parent_row = np.full(len(owners), NO_PARENT, np.int64)
-        found = holders >= 0
-        parent_row[found] = np.searchsorted(owners, a.rows.owner[holders[found]])
-        parent_row[at_root] = AT_ROOT
-        return ExtentColumns(
-            state=self,
-            owners=owners,
-            n_chunks=counts,
-            encoded_bytes=encoded,
-            raw_bytes=o.raw_bytes[owners],
-            first_token=o.first_token[owners],
-            born=o.born[owners],
-            created=o.created[owners],
-            last_access=self.last_access(owners),
-            root=root,
-            parent_row=parent_row,
-            covered=self._covered(owners),
-        )
-
-    def _covered(self, owners: Array) -> Array:
-        """Which live extents have no chunk that resolves to them."""
-        rows = self.arrays.rows
-        covered = np.ones(self.owners, bool)
-        step = 2**20
-        for first in range(0, self.rows, step):
-            resolved = self.resolve(rows.hashes[first : min(self.rows, first + step)])
-            covered[rows.owner[resolved[resolved >= 0]]] = False
-        out: Array = covered[owners]
         return out
 
     def __eq__(self, other: object) -> bool:

@@ -28,7 +28,7 @@ Ints = np.ndarray
 
 
 class Columns(Protocol):
-    """Live extents as arrays, one row each, in the order of first add (`State.columns()`).
+    """Live extents as arrays, one row each, in the order of first add (`columns.columns_of`).
 
     parent_row: row of the extent that holds the chunk before the first; −1 at token 0; −2 if nobody live holds it.
     root: 16 bytes, the chain's root where first_token is 0, else zero. created, last_access: versions. covered: bool,

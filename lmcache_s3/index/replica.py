@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import overload
 
 import numpy as np
@@ -21,6 +22,8 @@ from lmcache_s3.index.table import Array, keys_of
 from lmcache_s3.types import HASH_BYTES, ChunkRef, ExtentName
 
 _NOBODY_HIDDEN = np.empty(0, np.int64)
+_chunk_ref = partial(tuple.__new__, ChunkRef)
+"""A `ChunkRef` of its three parts in a tuple: twice as fast as its constructor; a long prompt needs hundreds."""
 
 
 class Matched(Sequence[ChunkRef]):
@@ -63,7 +66,8 @@ class Matched(Sequence[ChunkRef]):
             positions = (self._rows - a.owners.starts[owners]).tolist()
             listed = owners.tolist()
             records = {owner: self._state.record(owner) for owner in dict.fromkeys(listed)}
-            self._chunks = list(map(ChunkRef, self._hashes, map(records.__getitem__, listed), positions))
+            parts = zip(self._hashes, map(records.__getitem__, listed), positions, strict=True)
+            self._chunks = list(map(_chunk_ref, parts))
         return self._chunks
 
 

@@ -15,7 +15,7 @@ from lmcache_s3.index.policy import Limits, Why, choose
 
 @dataclass
 class Made:
-    """Columns as `State.columns()` gives them."""
+    """Columns as `columns.columns_of` gives them."""
 
     first_token: np.ndarray
     parent_row: np.ndarray

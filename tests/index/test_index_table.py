@@ -11,10 +11,9 @@ import pytest
 
 from lmcache_s3.errors import Unusable
 from lmcache_s3.index import manifest
+from lmcache_s3.index.columns import AT_ROOT, NO_PARENT, columns_of
 from lmcache_s3.index.manifest import (
-    AT_ROOT,
     EMPTY,
-    NO_PARENT,
     Delta,
     State,
     Verdict,
@@ -105,7 +104,7 @@ def test_the_oldest_live_extent_answers() -> None:
     assert [ref.extent for ref in replica.match(hashes)] == [second] * 4
     assert [ref.extent for ref in matched] == [first] * 4, "found in an older state"
     assert [ref.position for ref in matched[1:3]] == [1, 2]
-    assert list(both.columns().covered) == [False, True]
+    assert list(columns_of(both).covered) == [False, True]
     assert judged(both, record(rng, hashes=hashes)) is Verdict.COVERED
 
 
@@ -126,7 +125,7 @@ def test_parents_and_roots() -> None:
     first = record(rng)
     child = record(rng, parent=first.name.last_hash)
     orphan = record(rng, parent=rng.randbytes(16))
-    columns = add(EMPTY, child, first, orphan).columns()
+    columns = columns_of(add(EMPTY, child, first, orphan))
     assert columns.parent_row.tolist() == [1, AT_ROOT, NO_PARENT]
     assert [columns.name(row) for row in range(3)] == [child.name, first.name, orphan.name]
     assert columns.root[1].tobytes() == first.parent
@@ -196,6 +195,6 @@ def test_look_ups_while_versions_are_applied_see_whole_versions() -> None:
 
 
 def test_columns_of_nothing() -> None:
-    columns = EMPTY.columns()
+    columns = columns_of(EMPTY)
     assert len(columns) == 0
     assert columns.encoded_bytes.dtype == np.int64
