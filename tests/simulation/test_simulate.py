@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lmcache_s3.benchmarks import simulate
 from lmcache_s3.benchmarks.steps import Steps
 from lmcache_s3.index.manifest import Delta, apply, decode_delta, encode_delta
 from lmcache_s3.testing.shared_history import SharedHistory, Violation
+from lmcache_s3.testing.simulated_day import simulate
+from lmcache_s3.testing.simulated_fleet import EXTENT_BYTES, Plan
 from lmcache_s3.testing.simulated_s3 import Misbehaviour
 
-SMALL = simulate.Plan(
+SMALL = Plan(
     instances=20,
     past_versions=0,
     busy_s=240.0,
@@ -26,14 +27,14 @@ SMALL = simulate.Plan(
     gc_busy_s=60.0,
     gc_idle_s=60.0,
     grace_s=45.0,
-    max_bytes=200 * simulate.EXTENT_BYTES,
+    max_bytes=200 * EXTENT_BYTES,
     misbehaviour=Misbehaviour(throttled=2e-3, lost=1e-3, late=1e-3, repeated=1e-3),
 )
 QUIET = Steps(Console(quiet=True))
 
 
 def test_a_small_fleet_loses_nothing_though_much_goes_wrong() -> None:
-    result = simulate.simulate(SMALL, QUIET, seed=1)
+    result = simulate(SMALL, QUIET, seed=1)
     assert result.lost == 0
     assert result.without_bytes == 0
     assert result.acknowledged > 600
@@ -50,7 +51,7 @@ def test_a_small_fleet_loses_nothing_though_much_goes_wrong() -> None:
 
 def test_one_seed_is_one_run() -> None:
     plan = replace(SMALL, instances=5, busy_s=100.0, day_s=130.0, crashes=1)
-    one, same, other = (simulate.simulate(plan, QUIET, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (simulate(plan, QUIET, seed=seed) for seed in (1, 1, 2))
     assert one.visible_s.tolist() == same.visible_s.tolist()
     assert one.counters == same.counters
     assert one.visible_s.tolist() != other.visible_s.tolist()
