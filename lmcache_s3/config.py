@@ -10,20 +10,19 @@ reading the YAML file; nothing heavy is imported until a method needs it.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-from pydantic import BeforeValidator, ByteSize, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import ByteSize, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
+from lmcache_s3 import config_fields as fields
 from lmcache_s3.codecs.registry import CODEC_IDS, make_codec
+from lmcache_s3.config_fields import Count, Number, Size
+from lmcache_s3.config_sources import ENV_PREFIX, FILE_VARIABLE, check_environment, read_file, variable_of
 from lmcache_s3.errors import Invalid
 
 if TYPE_CHECKING:
@@ -34,71 +33,7 @@ if TYPE_CHECKING:
     from lmcache_s3.tiers.stores.open import StoreOptions
     from lmcache_s3.transfer import TransferSettings
 
-ENV_PREFIX = "LMCACHE_S3_"
-FILE_VARIABLE = "LMCACHE_S3_CONFIG"
-_MAX_FILE_BYTES = 1 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-
-
-def _no_bool(value: object) -> object:
-    # YAML's `yes` and JSON's `true` are no numbers, though Python thinks so.
-    if isinstance(value, bool):
-        raise ValueError("a truth value")  # noqa: TRY004 (pydantic turns only ValueError into its own report)
-    return value
-
-
-Size = Annotated[ByteSize, BeforeValidator(_no_bool)]
-Count = Annotated[int, BeforeValidator(_no_bool)]
-Number = Annotated[float, BeforeValidator(_no_bool)]
-
-
-def _field(default: Any, description: str, *, what: str, mend: str, **constraints: Any) -> Any:
-    """A setting. what, mend: how its error reads: `name: value is not <what>; <mend>`."""
-    return Field(default, description=description, json_schema_extra={"what": what, "mend": mend}, **constraints)
-
-
-def _text(description: str, mend: str) -> Any:
-    return _field(None, description, what="a text", mend=mend, min_length=1)
-
-
-def _size(default: str, description: str) -> Any:
-    return _field(default, description, what="a size", mend=f"write for example {default}", gt=0)
-
-
-def _budget(default: str | None, description: str) -> Any:
-    return _field(default, description, what="a size", mend="write for example 4GiB", ge=0)
-
-
-def _seconds(default: float, description: str) -> Any:
-    return _field(
-        default,
-        description,
-        what="a number of seconds above 0",
-        mend=f"write for example {default:g}",
-        gt=0,
-        le=86_400,
-        allow_inf_nan=False,
-    )
-
-
-def _long(default: float | None, description: str) -> Any:
-    return _field(
-        default,
-        description,
-        what="a number of seconds, 0 or more",
-        mend="write for example 2592000 for 30 days",
-        ge=0,
-        le=1e10,
-        allow_inf_nan=False,
-    )
-
-
-def _limit(description: str) -> Any:
-    return _field(None, description, what="a size above 0", mend="write for example 1TiB", gt=0)
-
-
-def _switch(description: str) -> Any:
-    return _field(False, description, what="true or false", mend="write true or false")
 
 
 class Settings(BaseSettings):
@@ -110,7 +45,7 @@ class Settings(BaseSettings):
     )
 
     # --- where ----------------------------------------------------------------------------------------------------
-    url: str = _field(
+    url: str = fields.field(
         ...,
         "Root of the cache: `s3://bucket/prefix`, `file:///path`, `memory://name`, or any fsspec URL (`gs://` …). "
         "Everyone who shares it shares the cache.",
@@ -118,27 +53,27 @@ class Settings(BaseSettings):
         mend="write for example s3://bucket/prefix",
         min_length=1,
     )
-    endpoint_url: str | None = _text(
+    endpoint_url: str | None = fields.text(
         "Address of an S3-compatible service; left out, AWS. Each request pays the round trip to it.",
         "write for example http://127.0.0.1:9000",
     )
-    region: str | None = _text(
+    region: str | None = fields.text(
         "Region of the bucket. Reading from another region costs $0.02/GB and tens of milliseconds a request on AWS.",
         "write for example eu-central-1",
     )
-    addressing_style: Literal["auto", "path", "virtual"] = _field(
+    addressing_style: Literal["auto", "path", "virtual"] = fields.field(
         "auto",
         "How S3 buckets are addressed; most self-hosted services want `path`. Costs nothing.",
         what="auto, path or virtual",
         mend="write path for a self-hosted service",
     )
-    ca_bundle: Path | None = _field(
+    ca_bundle: Path | None = fields.field(
         None,
         "File of CA certificates that the endpoint's certificate is checked against. Costs nothing.",
         what="a path",
         mend="name a PEM file",
     )
-    profile: str | None = _text(
+    profile: str | None = fields.text(
         "Profile in the AWS configuration files to take credentials from. Costs nothing.", "name a profile"
     )
     storage_options: dict[str, Any] = Field(
@@ -149,18 +84,18 @@ class Settings(BaseSettings):
     )
 
     # --- what is stored -------------------------------------------------------------------------------------------
-    codec: str = _field(
+    codec: str = fields.field(
         "fast",
         "How KV is coded in the bucket: `fast`, `torch`, `safetensors` are exact and cost its full size; `cachegen` is "
         "lossy, several times smaller, and shares nothing with exact caches.",
         what="a codec",
         mend=f"choose one of {', '.join(CODEC_IDS)}",
     )
-    codec_level: str | None = _text(
+    codec_level: str | None = fields.text(
         "Setting of a lossy codec; left out, the codec's own. Coarser is smaller and further from the exact answer.",
         "leave it out for the codec's own",
     )
-    max_kl: Number | None = _field(
+    max_kl: Number | None = fields.field(
         None,
         "Worst next-token KL divergence admitted, nats per token: refuses codecs that nobody measured to be as good. "
         "Each bound is a space of its own, so changing it starts an empty cache.",
@@ -169,7 +104,7 @@ class Settings(BaseSettings):
         gt=0,
         allow_inf_nan=False,
     )
-    chunk_tokens: Count = _field(
+    chunk_tokens: Count = fields.field(
         256,
         "Tokens per chunk, the unit of matching; a multiple of the engine's block size. Smaller chunks waste fewer "
         "tokens at the end of a match (half a chunk a prompt) and cost more index (about 33 bytes each). Changing it "
@@ -179,7 +114,7 @@ class Settings(BaseSettings):
         ge=1,
         le=65_536,
     )
-    head_groups: Count | None = _field(
+    head_groups: Count | None = fields.field(
         None,
         "Groups of KV heads stored as separate objects; left out, the writer's tensor-parallel size. More groups cost "
         "a PUT each per extent, and let ranks of a larger fleet read only their own heads.",
@@ -188,17 +123,17 @@ class Settings(BaseSettings):
         ge=1,
         le=1024,
     )
-    extent_bytes: Size = _size(
+    extent_bytes: Size = fields.size(
         "256MiB", "Largest object written. Larger extents cost fewer PUTs ($5 per million on AWS) and more memory each."
     )
-    store_min_tokens: Count = _field(
+    store_min_tokens: Count = fields.field(
         0,
         "Prompts shorter than this are not stored. Storing costs 3 PUTs and the prompt's KV in bytes.",
         what="a whole number, 0 or more",
         mend="write for example 512",
         ge=0,
     )
-    weights_digest: str | None = _field(
+    weights_digest: str | None = fields.field(
         None,
         "SHA-256 that stands for the model's weights; left out, it is computed once from the files (the cache is off "
         "until then). Stated wrongly, it serves wrong KV.",
@@ -207,27 +142,27 @@ class Settings(BaseSettings):
     )
 
     # --- tiers and memory -----------------------------------------------------------------------------------------
-    device_bytes: Size | None = _budget(
+    device_bytes: Size | None = fields.budget(
         None, "Device memory for stored cells, taken from what the engine could use; null: no such tier."
     )
-    host_bytes: Size | None = _budget(
+    host_bytes: Size | None = fields.budget(
         "1GiB", "Host memory for stored cells, in each engine process; null: every load goes to disk or bucket."
     )
-    disk_bytes: Size | None = _budget(
+    disk_bytes: Size | None = fields.budget(
         None, "Local disk for stored cells, in each engine process, needs `disk_path`; null: no such tier."
     )
-    disk_path: Path | None = _field(
+    disk_path: Path | None = fields.field(
         None,
         "Directory of the disk tier, on a fast local disk; a network disk costs what the bucket costs.",
         what="a path",
         mend="write for example /var/cache/lmcache-s3",
     )
-    staging_bytes: Size = _size(
+    staging_bytes: Size = fields.size(
         "512MiB",
         "Most host memory for KV on its way in or out, and a quarter more that is kept for the next reads; where it "
         "does not suffice, stores are dropped first.",
     )
-    io_threads: Count = _field(
+    io_threads: Count = fields.field(
         8,
         "Threads for requests and coding, in each process. More hide the store's latency and cost the engine CPU.",
         what="a whole number from 1 to 256",
@@ -237,34 +172,36 @@ class Settings(BaseSettings):
     )
 
     # --- time -----------------------------------------------------------------------------------------------------
-    poll_s: Number = _seconds(
+    poll_s: Number = fields.seconds(
         2.0, "How often others' work is looked for. One GET each time: 2 s cost $0.018 a day and instance on AWS."
     )
-    hand_over_s: Number = _seconds(
+    hand_over_s: Number = fields.seconds(
         2.0,
         "In a busy fleet one instance writes the index for all; the others give it their work so often at most. One "
         "PUT each time: 2 s cost up to $0.22 a day and instance on AWS, 0.5 s four times that, and others see stores "
         "1.5 s sooner.",
     )
-    merge_s: Number = _seconds(
+    merge_s: Number = fields.seconds(
         1.0,
         "How often that one writes. A LIST, a PUT and 3 GETs each time, of one instance: 1 s costs $0.97 a day for the "
         "whole fleet.",
     )
-    access_s: Number = _seconds(
+    access_s: Number = fields.seconds(
         3600.0,
         "How often hits are told to all, for eviction by last access. One PUT at most each time; a longer pause evicts "
         "less exactly.",
     )
-    load_deadline_s: Number = _seconds(30.0, "A load that takes longer is given up and the engine computes.")
-    store_deadline_s: Number = _seconds(
+    load_deadline_s: Number = fields.seconds(30.0, "A load that takes longer is given up and the engine computes.")
+    store_deadline_s: Number = fields.seconds(
         60.0, "A store that takes longer is dropped; its KV is computed again some day."
     )
-    connect_timeout_s: Number = _seconds(5.0, "Longest wait for a connection; a dead store costs a load this much.")
-    request_timeout_s: Number = _seconds(30.0, "Longest wait for one request's answer.")
+    connect_timeout_s: Number = fields.seconds(
+        5.0, "Longest wait for a connection; a dead store costs a load this much."
+    )
+    request_timeout_s: Number = fields.seconds(30.0, "Longest wait for one request's answer.")
 
     # --- what is kept: read by `lmcache-s3 gc` ----------------------------------------------------------------------
-    bucket_bytes: Size | None = _limit(
+    bucket_bytes: Size | None = fields.limit(
         "Most bytes of one space's KV in the bucket; beyond it goes what was used least lately. A TB costs $23 a month "
         "on AWS. null: no limit."
     )
@@ -274,23 +211,23 @@ class Settings(BaseSettings):
         json_schema_extra={"what": "a mapping from cache_salt to a size", "mend": 'write for example {"a": "100GiB"}'},
         repr=False,
     )
-    default_tenant_bytes: Size | None = _limit("The same for each other tenant. null: no limit.")
-    ttl_s: Number | None = _long(
+    default_tenant_bytes: Size | None = fields.limit("The same for each other tenant. null: no limit.")
+    ttl_s: Number | None = fields.long(
         None, "What was not used for so long goes. What a prompt continues counts as used with it. null: no limit."
     )
-    gc_grace_s: Number = _long(
+    gc_grace_s: Number = fields.long(
         3600.0,
         "How long an upload may take until its commit. Slower ones are lost (and counted); garbage stays that long.",
     )
-    history_s: Number = _long(
+    history_s: Number = fields.long(
         604_800.0,
         "How far back `lmcache-s3 log` and `ls --as-of` reach. Costs the index's versions and some checkpoints of that "
         "time in storage.",
     )
 
     # --- sharing --------------------------------------------------------------------------------------------------
-    read_only: bool = _switch("Load only: nothing is stored, no permission to write is needed.")
-    single_writer: bool = _switch(
+    read_only: bool = fields.switch("Load only: nothing is stored, no permission to write is needed.")
+    single_writer: bool = fields.switch(
         "Admit a store without put-if-absent: the operator promises that one process at a time writes. Two writers "
         "lose each other's entries."
     )
@@ -299,7 +236,7 @@ class Settings(BaseSettings):
     @classmethod
     def _known_codec(cls, value: str) -> str:
         if value not in CODEC_IDS:
-            raise ValueError(_unknown(value, "codec", CODEC_IDS))
+            raise ValueError(fields.unknown(value, "codec", CODEC_IDS))
         return value
 
     @field_validator("weights_digest")
@@ -338,7 +275,7 @@ class Settings(BaseSettings):
         """Keyword arguments, environment, YAML file. No .env and no secrets directory."""
         assert isinstance(init_settings, InitSettingsSource)
         named = init_settings.init_kwargs.pop("settings_file", None) or os.environ.get(FILE_VARIABLE)
-        from_file = _read_file(Path(named)) if named else {}
+        from_file = read_file(Path(named)) if named else {}
         return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
 
     def store_options(self) -> StoreOptions:
@@ -432,105 +369,13 @@ def load_settings(**arguments: Any) -> Settings:
 
     Raises `Invalid` (setting), one line.
     """
-    _check_environment()
+    check_environment(Settings.model_fields)
     try:
         return Settings(**arguments)
     except ValidationError as e:
-        raise _invalid(e) from e
+        raise fields.invalid(e, Settings.model_fields) from e
     except SettingsError as e:
-        raise Invalid(f"{_variable_of(e)}: its value is not JSON; write a JSON object", kind="setting") from e
-
-
-def _unknown(name: str, what: str, known: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    return f"{name[:80]!r} is no {what}; {mend}" if what != "setting" else f"{name[:80]}: unknown setting; {mend}"
-
-
-def _names() -> tuple[str, ...]:
-    return tuple(Settings.model_fields)
-
-
-def _check_environment() -> None:
-    """Refuse near misses of our variables; Kubernetes, for one, sets LMCACHE_S3_PORT beside a service of our name."""
-    for variable in os.environ:
-        if not variable.startswith(ENV_PREFIX) or variable == FILE_VARIABLE:
-            continue
-        name = variable.removeprefix(ENV_PREFIX).lower()
-        near = difflib.get_close_matches(name, _names(), n=1, cutoff=0.8)
-        if near and near[0] != name:
-            raise Invalid(
-                f"{variable}: unknown setting; did you mean {ENV_PREFIX}{near[0].upper()}?", kind="setting", key=name
-            )
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        size = path.stat().st_size
-        if size > _MAX_FILE_BYTES:
-            raise Invalid(f"settings file {path}: {size} bytes are no settings", kind="setting", key="settings_file")
-        document = yaml.safe_load(path.read_bytes())
-    except OSError as e:
-        raise Invalid(
-            f"settings file {path}: cannot be read ({e.strerror}); mend settings_file or {FILE_VARIABLE}",
-            kind="setting",
-            key="settings_file",
-        ) from e
-    except (yaml.YAMLError, RecursionError) as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        problem = getattr(e, "problem", None) or type(e).__name__
-        raise Invalid(
-            f"settings file {path}:{line} is not YAML ({problem})", kind="setting", key="settings_file"
-        ) from e
-    if document is None:
-        return {}
-    if not isinstance(document, Mapping) or not all(isinstance(k, str) for k in document):
-        raise Invalid(
-            f"settings file {path}: not a mapping; write lines such as `url: s3://bucket/prefix`",
-            kind="setting",
-            key="settings_file",
-        )
-    return dict(document)
-
-
-def _invalid(error: ValidationError) -> Invalid:
-    """The first problem, unknown names before wrong values, as our one line."""
-    found = sorted(error.errors(include_url=False, include_context=False), key=lambda e: e["type"] != "extra_forbidden")
-    first = found[0]
-    name = str(first["loc"][0]) if first["loc"] else ""
-    if first["type"] == "extra_forbidden":
-        return Invalid(_unknown(name, "setting", _names()), kind="setting", key=name)
-    own = first["msg"].removeprefix("Value error, ") if first["type"] == "value_error" else None
-    if not name:
-        text = own or first["msg"]
-        return Invalid(text, kind="setting", key=text.partition(":")[0])
-    what, mend = _hints(Settings.model_fields[name])
-    if first["type"] == "missing":
-        text = f"missing; {mend}"
-    elif own is not None and own != "a truth value":
-        text = own
-    else:
-        # These may hold secrets: their value is not shown.
-        value = "its value" if name in ("storage_options", "tenant_bytes") else _shown(first["input"])
-        text = f"{value} is not {what}; {mend}"
-    return Invalid(" ".join(f"{name}: {text}".split()), kind="setting", key=name)
-
-
-def _hints(info: FieldInfo) -> tuple[str, str]:
-    hints = info.json_schema_extra
-    assert isinstance(hints, dict)
-    return str(hints["what"]), str(hints["mend"])
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _variable_of(error: SettingsError) -> str:
-    found = re.search(r'field "(\w+)"', str(error))
-    return ENV_PREFIX + found[1].upper() if found else "environment"
+        raise Invalid(f"{variable_of(e)}: its value is not JSON; write a JSON object", kind="setting") from e
 
 
 def settings_table() -> str:
