@@ -69,6 +69,12 @@ def test_only_the_engine_integration_imports_the_engine() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_second_reader_of_the_index_shares_nothing_with_the_first() -> None:
+    path = ROOT / "lmcache_s3" / "testing" / "second_index_reader.py"
+    wrong = [f"line {line} imports {name}" for name, line in imports(path) if name.split(".")[0] == "lmcache_s3"]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_rooms_have_no_init_so_that_codecs_stays_the_standard_librarys() -> None:
     for folder in ROOMS.values():
         assert not (folder / "__init__.py").exists()

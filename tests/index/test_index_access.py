@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,35 +18,16 @@ from lmcache_s3.index.change import Change
 from lmcache_s3.index.follower import Follower, Pacing
 from lmcache_s3.index.log import Log
 from lmcache_s3.index.manifest import decode_delta, inbox_prefix, log_key
+from lmcache_s3.testing.stepped import SPACE_ID, Clock, make_record
 from lmcache_s3.tiers.stores.counting import CountingStore
-from lmcache_s3.tiers.stores.local import LocalStore
-from lmcache_s3.types import ExtentName, ExtentRecord, Grid
+from lmcache_s3.types import ExtentName
 
-SPACE_ID = "ab" * 32
 HOUR_S = 3600.0
-
-
-def make_record(born: int = 0) -> ExtentRecord:
-    hashes = secrets.token_bytes(32)
-    name = ExtentName.fresh(hashes[-16:], 2, "fast", born)
-    return ExtentRecord(name, Grid(), b"\0" * 16, 0, hashes, b"\1\0\0\0" * 2, b"\2" * 16, 100)
-
-
-class Clock:
-    now_s = 5000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture
 def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> CountingStore:
-    return CountingStore(LocalStore(tmp_path))
+    return Clock(now_s=5000.0)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import random
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,25 +15,12 @@ from lmcache_s3.index.log import MAX_BATCH, Log, LogLimits
 from lmcache_s3.index.manifest import NOBODY, Delta, Verdict, checkpoint_key, checkpoints_prefix, encode_delta, log_key
 from lmcache_s3.index.pace import Pace, Rate
 from lmcache_s3.testing.faults import Fault, FaultyStore
+from lmcache_s3.testing.stepped import SPACE_ID, make_record
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.stores.counting import CountingStore
-from lmcache_s3.tiers.stores.local import LocalStore
-from lmcache_s3.types import ExtentName, ExtentRecord, Grid, Outcome
+from lmcache_s3.types import ExtentName, Outcome
 
-SPACE_ID = "ab" * 32
 ULID = "01JDXB4Z5T8V6Q2W3E4R5T6Y7H"
-
-
-def make_record(born: int = 0, chunks: int = 2, hashes: bytes | None = None) -> ExtentRecord:
-    hashes = secrets.token_bytes(16 * chunks) if hashes is None else hashes
-    n = len(hashes) // 16
-    name = ExtentName.fresh(hashes[-16:], n, "fast", born)
-    return ExtentRecord(name, Grid(), b"\0" * 16, 0, hashes, b"\1\0\0\0" * n, b"\2" * 8 * n, 100)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> CountingStore:
-    return CountingStore(LocalStore(tmp_path))
 
 
 @pytest.fixture
