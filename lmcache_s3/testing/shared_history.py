@@ -3,8 +3,8 @@
 A thousand replicas of one history would decode and apply each version a thousand times. Inside `SharedHistory.sharing`
 the log's pure functions (`decode_delta`, `apply`, `load_checkpoint`) are looked up by what went in, and computed by the
 real ones the first time; so a thousand instances share one `State` a version. What an instance applies must be what the
-first one applied, to the same state: anything else raises `Violation` (PROTOCOL I1, I7), and a state loaded from a
-checkpoint must equal the one that was checkpointed (I5).
+first one applied, to the same state: anything else raises `Violation` (FORMAT.md §4.1, §4.3; I1 and I7 of
+`protocol_model`), and a state loaded from a checkpoint must equal the one that was checkpointed (I5).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from lmcache_s3.index.manifest import Verdict
 from lmcache_s3.testing.faults import Fault, FaultyStore
 from lmcache_s3.testing.stepped import Fleet, lead, make_record
 
-# ---- requests, as PROTOCOL counts them -------------------------------------------------------------------------------
+# ---- requests: those of FORMAT.md §4.4 and §4.6, and no more ---------------------------------------------------------
 
 
 def test_a_hand_over_is_one_put_and_a_round_is_three_gets_and_one_a_hand_over(fleet: Fleet) -> None:
