@@ -124,9 +124,7 @@ def match(
     hidden: i64, owners that are passed over.
     """
     for i in range(keys.shape[0]):
-        row = _oldest(
-            slots, seed, shift, hashes, owner, removed_at, rows, version, hidden, keys[i, 0], keys[i, 1]
-        )
+        row = _oldest(slots, seed, shift, hashes, owner, removed_at, rows, version, hidden, keys[i, 0], keys[i, 1])
         if row < 0:
             return np.int64(i)
         out[i] = row
@@ -175,9 +173,7 @@ def resolve(
 ) -> None:
     """out[i] = the oldest visible row of keys[i] (u64 [n, 2]), or −1. For bulk work: releases the GIL."""
     for i in range(keys.shape[0]):
-        out[i] = _oldest(
-            slots, seed, shift, hashes, owner, removed_at, rows, version, _NOBODY, keys[i, 0], keys[i, 1]
-        )
+        out[i] = _oldest(slots, seed, shift, hashes, owner, removed_at, rows, version, _NOBODY, keys[i, 0], keys[i, 1])
 
 
 @kernel
