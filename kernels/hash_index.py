@@ -28,7 +28,7 @@ NEVER = np.iinfo(np.uint64).max
 _AHEAD = 32
 """Rows whose slots are fetched at once."""
 _NOBODY = np.empty(0, np.int64)
-_MOST_OF_AN_OWNER = 2**16
+MOST_OF_AN_OWNER = 2**16
 """Rows of an owner, at most."""
 
 
@@ -50,8 +50,8 @@ def insert(
 ) -> np.int64:
     """Insert `rows` (i64) with hashes `keys` (u64 [n, 2], as in `hashes`, but side by side).
 
-    hashes u64 [row, 2]; owner u32 [row]; starts i64 [owner]: an owner's first row. Returns −1, or the owner that holds
-    one hash twice (the table is then unusable).
+    hashes u64 [row, 2]; owner u32 [row]; starts i64 [owner]: an owner's first row. Returns 0; or −1 − the owner that
+    holds one hash twice: the table is then unusable.
     """
     n, mask = rows.size, np.uint64(slots.size - 1)
     touched = np.uint32(0)
@@ -65,12 +65,12 @@ def insert(
             while slots[at] != 0:
                 other = np.int64(slots[at]) - 1
                 # An owner's rows lie together: only they can lie between its first row and this one. Few are so near.
-                near = row - _MOST_OF_AN_OWNER < other < row and starts[owner[row]] <= other
+                near = row - MOST_OF_AN_OWNER < other < row and starts[owner[row]] <= other
                 if near and hashes[other, 0] == keys[i, 0] and hashes[other, 1] == keys[i, 1]:
-                    return np.int64(owner[row])
+                    return np.int64(-1) - np.int64(owner[row])
                 at = (at + np.uint64(1)) & mask
             slots[at] = np.uint32(row + 1)
-    return np.int64(-1) if touched >= 0 else np.int64(0)
+    return np.int64(0) if touched >= 0 else np.int64(1)
 
 
 @kernel
@@ -200,6 +200,8 @@ def place_entries(
     offsets: np.ndarray,
     lengths: np.ndarray,
     sums: np.ndarray,
+    shard: np.uint64,
+    shard_shift: np.uint64,
     starts: np.ndarray,
     counts: np.ndarray,
     widths: np.ndarray,
@@ -208,30 +210,38 @@ def place_entries(
     all_lengths: np.ndarray,
     all_sums: np.ndarray,
     filled: np.ndarray,
-    rows: np.ndarray,
+    begin: int,
+    until: int,
 ) -> np.int64:
-    """Put entries where their extents keep them; rows[i] says where entry i went. Cells turn to [shard][chunk].
+    """Put entries from `begin` on where their extents keep them, up to the first whose row is `until` or more; its
+    number. Cells turn to [shard][chunk].
 
     Entry i is chunk position[i] of owner[i] and has `lengths` and `sums` offsets[i] … offsets[i + 1] − 1, one a shard.
-    starts, counts, widths, cells: by owner, its first row, rows, shards and first cell. Returns −1, or the first entry
-    that has no such place, lies not behind the one before, or has not widths[owner[i]] cells; none after it is placed.
+    starts, counts, widths, cells: by owner, its first row, rows, shards and first cell. Returns −1 − i for the first
+    entry i that has no such place, lies not behind the one before, has not widths[owner[i]] cells, or whose hash's
+    first two bytes shifted down by shard_shift are not `shard`; none after it is placed.
     """
     before = np.int64(-1)
-    for i in range(owner.size):
+    if begin > 0:
+        before = starts[owner[begin - 1]] + np.int64(position[begin - 1])
+    for i in range(begin, owner.size):
         o, p = np.int64(owner[i]), np.int64(position[i])
         if o >= counts.size or p >= counts[o]:
+            return np.int64(-1 - i)
+        row, first, width, first_half = starts[o] + p, np.int64(offsets[i]), widths[o], hashes[i, 0]
+        if row >= until:
             return np.int64(i)
-        row, first, width = starts[o] + p, np.int64(offsets[i]), widths[o]
-        if row <= before or np.int64(offsets[i + 1]) - first != width:
-            return np.int64(i)
-        before = rows[i] = row
-        all_hashes[row, 0], all_hashes[row, 1] = hashes[i, 0], hashes[i, 1]
+        top = ((first_half & np.uint64(255)) << np.uint64(8)) | ((first_half >> np.uint64(8)) & np.uint64(255))
+        if row <= before or np.int64(offsets[i + 1]) - first != width or (top >> shard_shift) != shard:
+            return np.int64(-1 - i)
+        before = row
+        all_hashes[row, 0], all_hashes[row, 1] = first_half, hashes[i, 1]
         filled[row] = True
         base = cells[o] + p
         for s in range(width):
             all_lengths[base + s * counts[o]] = lengths[first + s]
             all_sums[base + s * counts[o]] = sums[first + s]
-    return np.int64(-1)
+    return np.int64(owner.size)
 
 
 @kernel

@@ -24,6 +24,8 @@ from collections.abc import Callable, Container, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from lmcache_s3.errors import Bug, Conflict, Missing, Unavailable, Unusable
 from lmcache_s3.index.manifest import (
     MAX_VERSION_BYTES,
@@ -320,8 +322,8 @@ class Log:
 
         def get(segment: Segment) -> memoryview:
             # Into one buffer a thread: fresh memory for each segment would cost more than reading it.
-            if len(getattr(buffers, "data", b"")) < segment.size_bytes:
-                buffers.data = bytearray(segment.size_bytes)
+            if len(getattr(buffers, "data", ())) < segment.size_bytes:
+                buffers.data = np.empty(segment.size_bytes, np.uint8)
             view = memoryview(buffers.data)[: segment.size_bytes]
             self.store.get_into(prefix + segment.file, 0, view)
             return view

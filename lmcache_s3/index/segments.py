@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +34,10 @@ ENTRIES_PER_SHARD = 2**20
 MAX_SHARDS = 2**12
 MAX_INDEX_BYTES = 4 * 2**20
 MAX_SEGMENT_BYTES = 2**30
+_SHARDS_AT_ONCE = 4
+"""Decoded at one time, and as many on their way: bounds memory."""
+_STRETCH = 2**16
+"""Rows whose hashes, lengths and sums fit into a core's cache."""
 MAX_ROWS = 2**26
 """Rows of one segment file."""
 _MAX_ROW_BYTES = 32 + 12 * MAX_CELLS
@@ -171,15 +174,24 @@ def load_checkpoint(
 ) -> State:
     """The state of a checkpoint, `fetch` getting its segments; with an executor, several at once.
 
-    What `fetch` returned may be overwritten when it is called again in the same thread. Extents come first and give
-    every entry its place, so entries go there as they arrive. Raises `Unusable`, and what `fetch` raises.
+    What `fetch` returned may be overwritten when it is called again in the same thread. Some shards' entries are put
+    where their extents keep them while the next are fetched. Raises `Unusable`, and what `fetch` raises.
     """
     run = map if executor is None else executor.map
-    loading = _Loading(index, list(run(lambda one: _read(one, "extents", fetch(one)), index.segments[1::2])))
-    shards = enumerate(index.segments[0::2])
-    for _ in run(lambda item: loading.add(item[0], _read(item[1], "entries", fetch(item[1]))), shards):
-        pass
-    return loading.state()
+    shards = index.segments[0::2]
+    extents = run(lambda one: _read(one, "extents", fetch(one)), index.segments[1::2])
+
+    def entries(first: int) -> Iterator[_Entries]:
+        some = range(first, min(first + _SHARDS_AT_ONCE, len(shards)))
+        return iter(run(lambda i: _entries_of(shards[i], i, _read(shards[i], "entries", fetch(shards[i]))), some))
+
+    here = entries(0)
+    loading = _Loading(index, list(extents))
+    for first in range(0, len(shards), _SHARDS_AT_ONCE):
+        ahead = entries(first + _SHARDS_AT_ONCE)
+        loading.place(list(here))
+        here = ahead
+    return loading.state(run)
 
 
 def decode_segments(index: CheckpointIndex, files: Mapping[str, bytes]) -> State:
@@ -187,11 +199,41 @@ def decode_segments(index: CheckpointIndex, files: Mapping[str, bytes]) -> State
     return load_checkpoint(index, lambda segment: files[segment.file])
 
 
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """One shard's columns, as they are in its segment. offsets: where each entry's lengths and sums begin, and end."""
+
+    file: str
+    shard: int
+    hashes: np.ndarray
+    owner: np.ndarray
+    position: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    sums: np.ndarray
+
+
+def _entries_of(segment: Segment, shard: int, table: Any) -> _Entries:
+    lengths, sums = (table[name].combine_chunks() for name in ("lengths", "sums"))
+    if not lengths.offsets.equals(sums.offsets):
+        raise _bad(f"{segment.file}: an entry has more lengths than sums, or fewer")
+    return _Entries(
+        segment.file,
+        shard,
+        _fixed(table["prefix_hash"]),
+        _plain(table["extent"]),
+        _plain(table["position"]),
+        lengths.offsets.to_numpy(),
+        lengths.values.to_numpy(),
+        sums.values.to_numpy(),
+    )
+
+
 class _Loading:
-    """A checkpoint's extents in a table, their entries on the way. `add` may run in several threads at once."""
+    """A checkpoint's extents in a table, their entries on the way. For one thread."""
 
     def __init__(self, index: CheckpointIndex, parts: Sequence[Any]) -> None:
-        self._index, self._lock = index, threading.Lock()
+        self._index = index
         extents = pa.concat_tables(parts).sort_by("ordinal").combine_chunks()
         columns, codecs, self._last = _owner_columns(extents)
         self._accessed = _within_63_bits(extents["last_access"])
@@ -211,28 +253,27 @@ class _Loading:
         self.table.index_names()
         self._filled = np.zeros(n_rows, bool)
 
-    def add(self, shard: int, entries: Any) -> None:
-        """One segment's entries, to their places."""
-        a, file = self.table.arrays, self._index.segments[2 * shard].file
-        hashes = _fixed(entries["prefix_hash"])
-        if (_shard_of(hashes, len(self._index.segments) // 2) != shard).any():
-            raise _bad(f"{file}: an entry of another shard")
-        rows = np.empty(len(hashes), np.int64)
-        lengths, sums = (entries[name].combine_chunks() for name in ("lengths", "sums"))
-        if not lengths.offsets.equals(sums.offsets):
-            raise _bad(f"{file}: an entry has more lengths than sums, or fewer")
-        bad = hash_index.place_entries(
-            hashes, _plain(entries["extent"]), _plain(entries["position"]),
-            lengths.offsets.to_numpy(), lengths.values.to_numpy(), sums.values.to_numpy(),
-            a.owners.starts, self._counts, self._widths, a.owners.cells,
-            a.rows.hashes, a.cells.lengths, a.cells.sums, self._filled, rows,
-        )  # fmt: skip
-        if bad >= 0:
-            raise _bad(f"{file}: entry {bad} is not of its extent, out of order, or has not one cell for each shard")
-        with self._lock:
-            self.table.index_rows(rows, hashes)
+    def place(self, parts: Sequence[_Entries]) -> None:
+        """Some shards' entries, to their places: those of one stretch of rows after another, which stays in the cache
+        while all shards write to it."""
+        a, shards = self.table.arrays, len(self._index.segments) // 2
+        shift = np.uint64(16 - (shards.bit_length() - 1))
+        done = [0] * len(parts)
+        for until in range(_STRETCH, self.table.n_rows + _STRETCH, _STRETCH):
+            for k, e in enumerate(parts):
+                end = hash_index.place_entries(
+                    e.hashes, e.owner, e.position, e.offsets, e.lengths, e.sums, np.uint64(e.shard), shift,
+                    a.owners.starts, self._counts, self._widths, a.owners.cells,
+                    a.rows.hashes, a.cells.lengths, a.cells.sums, self._filled, done[k], until,
+                )  # fmt: skip
+                if end < 0:
+                    raise _bad(
+                        f"{e.file}: entry {-1 - end} is not of its extent or shard, out of order, or has not one cell "
+                        "for each shard"
+                    )
+                done[k] = int(end)
 
-    def state(self) -> State:
+    def state(self, run: Callable[..., Iterable[Any]]) -> State:
         """Once all entries are there. Each row was written by one of as many entries: none twice, none missing."""
         index, a = self._index, self.table.arrays
         if not self._filled.all():
@@ -240,6 +281,7 @@ class _Loading:
         ends = np.cumsum(self._counts)
         if not np.array_equal(a.rows.hashes[ends - 1], self._last):
             raise _bad("an extent's last entry has not the hash of its name")
+        self.table.index_all(run)
         return state_on(
             self.table, index.version, index.floor, index.lead, self._accessed, len(self._counts), self.table.n_rows
         )

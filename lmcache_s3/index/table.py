@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from lmcache_s3.errors import Unusable
-from lmcache_s3.kernels import hash_index
+from lmcache_s3.kernels import hash_build, hash_index
 from lmcache_s3.types import HASH_BYTES, ExtentName, ExtentRecord, Grid
 
 MAX_ROWS = 2**32 - 2
+_ROWS_AT_ONCE = 2**20
+"""That one thread sorts by their homes."""
 _LEAST = 64
 """Capacity of a new table, in rows, cells and owners."""
 
@@ -166,7 +168,7 @@ class Table:
         )
         if wanted[0] > _most(a.slots):
             a = replace(a, slots=_slots(wanted[0]))
-            self._index_rows(a, np.arange(self.n_rows), a.rows.hashes[: self.n_rows])
+            self._index_all(a)
         if wanted[2] > _most(a.names):
             a = replace(a, names=_slots(wanted[2]))
             self._index_names(a, np.arange(self.n_owners))
@@ -204,18 +206,49 @@ class Table:
         o.removed_at[owners] = hash_index.NEVER
         o.itself[owners] = np.arange(owners.start, owners.stop, dtype=np.uint32)
 
-    def index_rows(self, rows: Array, hashes: Array) -> None:
-        """Make rows (i64, ascending among equal hashes) findable. hashes: theirs, u64 [n, 2]."""
-        self._index_rows(self.arrays, rows, hashes)
+    def index_all(self, run: Callable[..., Iterable[Any]] = map) -> None:
+        """Make all rows findable; none is yet. run: `map`, or an executor's, to do it in several threads."""
+        self._index_all(self.arrays, run)
+
+    def _index_all(self, a: Arrays, run: Callable[..., Iterable[Any]] = map) -> None:
+        n = self.n_rows
+        bits = a.slots.size.bit_length() - 1
+        region_bits = min(bits, hash_build.REGION_BITS)
+        where = (a.rows.hashes, a.seed, hash_index.shift_of(a.slots), np.uint64(region_bits))
+        parts = [(first, min(n, first + _ROWS_AT_ONCE)) for first in range(0, n, _ROWS_AT_ONCE)]
+        counts = np.zeros((len(parts), a.slots.size >> region_bits), np.int64)
+        list(run(lambda i: hash_build.count(*where, *parts[i], counts[i]), range(len(parts))))
+        ends = np.cumsum(counts.sum(0))
+        begins = ends - counts.sum(0)
+        at = begins + np.cumsum(counts, 0) - counts
+        rows, homes = np.empty(n, np.uint32), np.empty(n, np.uint32)
+        list(run(lambda i: hash_build.scatter(*where, *parts[i], at[i], rows, homes), range(len(parts))))
+
+        def fill(region: int) -> Array:
+            some = slice(begins[region], ends[region])
+            left = np.empty(some.stop - some.start, np.uint32)
+            n_left = hash_build.fill(
+                a.slots, a.rows.hashes, a.rows.owner, a.owners.starts, rows[some], homes[some],
+                (region + 1) << region_bits, left,
+            )  # fmt: skip
+            self._check_once(a, n_left)
+            return left[:n_left]
+
+        left = np.concatenate([*run(fill, range(len(ends))), np.empty(0, np.uint32)]).astype(np.int64)
+        self._index_rows(a, left, a.rows.hashes[left])
 
     def index_names(self) -> None:
         self._index_names(self.arrays, np.arange(self.n_owners))
 
     def _index_rows(self, a: Arrays, rows: Array, hashes: Array) -> None:
         shift = hash_index.shift_of(a.slots)
-        twice = hash_index.insert(a.slots, a.seed, shift, a.rows.hashes, a.rows.owner, a.owners.starts, rows, hashes)
-        if twice >= 0:
-            raise Unusable(f"extent {self.name(a, int(twice))}: a prefix hash occurs twice", kind="format")
+        bad = hash_index.insert(a.slots, a.seed, shift, a.rows.hashes, a.rows.owner, a.owners.starts, rows, hashes)
+        self._check_once(a, bad)
+
+    def _check_once(self, a: Arrays, bad: np.signedinteger[Any]) -> None:
+        """bad: as `hash_index.insert` returns it."""
+        if bad < 0:
+            raise Unusable(f"extent {self.name(a, -1 - int(bad))}: a prefix hash occurs twice", kind="format")
 
     def _index_names(self, a: Arrays, owners: Array) -> None:
         o, shift = a.owners, hash_index.shift_of(a.names)

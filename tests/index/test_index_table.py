@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from lmcache_s3.errors import Unusable
-from lmcache_s3.index import manifest
+from lmcache_s3.index import manifest, table
 from lmcache_s3.index.columns import AT_ROOT, NO_PARENT, columns_of
 from lmcache_s3.index.manifest import (
     EMPTY,
@@ -22,6 +24,7 @@ from lmcache_s3.index.manifest import (
     unjudged,
 )
 from lmcache_s3.index.replica import Replica
+from lmcache_s3.kernels import hash_build
 from lmcache_s3.types import ExtentName, ExtentRecord, Grid
 
 ULID = "01JDXB4Z5T8V6Q2W3E4R5T6Y7H"
@@ -148,6 +151,46 @@ def test_many_extents_of_one_hash_or_one_nonce() -> None:
     assert [ref.extent for ref in state.chunks[shared]] == records + same_nonce
     assert all(state.extents[one.name].record == one for one in records + same_nonce)
     assert remove(state, records[0]).chunks[shared][0].extent == records[1]
+
+
+@pytest.mark.parametrize("region_bits", [0, 1, 3, 16])
+@pytest.mark.parametrize("rows_at_once", [7, 2**20])
+@pytest.mark.parametrize("workers", [0, 4])
+def test_rows_made_findable_at_once_are_those_inserted_one_by_one(
+    region_bits: int, rows_at_once: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regions of a slot or a few, so that most rows overflow them; many rows of one hash, and of one home."""
+    monkeypatch.setattr(hash_build, "REGION_BITS", region_bits)
+    monkeypatch.setattr(table, "_ROWS_AT_ONCE", rows_at_once)
+    rng = random.Random(region_bits)
+    pool = [rng.randbytes(16) for _ in range(40)]
+    pool += [pool[0][:8] + rng.randbytes(8) for _ in range(5)]
+    state = EMPTY
+    for _ in range(60):
+        state = add(state, record(rng, hashes=rng.sample(pool, rng.randrange(1, 6))))
+    state = remove(state, *[live.record for live in list(state.in_order())[::5]])
+    slots = np.zeros_like(state.arrays.slots)
+    fresh = replace(state, arrays=replace(state.arrays, slots=slots))
+    monkeypatch.setattr(state.table, "arrays", fresh.arrays)
+    with ThreadPoolExecutor(max(1, workers)) as executor:
+        state.table.index_all(executor.map if workers else map)
+    for one in pool:
+        assert fresh.rows_of(one).tolist() == state.rows_of(one).tolist()
+    assert (np.sort(slots) == np.sort(state.arrays.slots)).all()
+
+
+@pytest.mark.parametrize("region_bits", [0, 16])
+def test_a_hash_twice_in_an_extent_is_found_when_rows_are_made_findable(
+    region_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hash_build, "REGION_BITS", region_bits)
+    rng = random.Random(0)
+    state = add(EMPTY, record(rng), record(rng))
+    a = state.arrays
+    a.rows.hashes[6] = a.rows.hashes[4]
+    a.slots[:] = 0
+    with pytest.raises(Unusable, match=f"{state.table.name(a, 1)}: a prefix hash occurs twice"):
+        state.table.index_all()
 
 
 def test_an_extent_that_holds_a_hash_twice_spoils_nothing() -> None:
