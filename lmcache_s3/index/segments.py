@@ -191,6 +191,7 @@ def load_checkpoint(
         ahead = entries(first + _SHARDS_AT_ONCE)
         loading.place(list(here))
         here = ahead
+    pa.default_memory_pool().release_unused()  # what was decoded is needed no more
     return loading.state(run)
 
 
