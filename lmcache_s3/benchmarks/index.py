@@ -2,10 +2,10 @@
 
 A checkpoint of 10 M entries (extents of 64 chunks, one shard) is put on a real S3 server; a fresh process opens it and
 looks prompts up in it: how many of their chunks are known (what a scheduler asks for each request), and, apart, with a
-`ChunkRef` made of each (what it asks for those that it loads). Beside each figure its raw counterpart from the same run:
-hashlib over the same bytes, the bare GETs of the same segments, one request a chunk instead of a look-up. Then versions
-of 100 extents each, bytes as they come from the store, are read, decoded and applied as fast as they go, while another
-thread looks up.
+`ChunkRef` made of each (what it asks for those that it loads). Beside each figure its raw counterpart from the same
+run: hashlib over the same bytes, the bare GETs of the same segments, one request a chunk instead of a look-up. Then
+versions of 100 extents each, bytes as they come from the store, are read, decoded and applied as fast as they go, while
+another thread looks up.
 """
 
 from __future__ import annotations

@@ -11,11 +11,14 @@ sizes and row counts are checked before they are believed.
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,7 +38,7 @@ MAX_SHARDS = 2**12
 MAX_INDEX_BYTES = 4 * 2**20
 MAX_SEGMENT_BYTES = 2**30
 _SHARDS_AT_ONCE = 4
-"""Decoded at one time, and as many on their way: bounds memory."""
+"""Whose entries are put to their places together; a few more are on their way. Bounds memory."""
 _STRETCH = 2**16
 """Rows whose hashes, lengths and sums fit into a core's cache."""
 MAX_ROWS = 2**26
@@ -78,6 +81,10 @@ _HOW: dict[str, dict[str, Any]] = {
     },
     "extents": {"compression": "zstd"},
 }
+
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,22 +184,34 @@ def load_checkpoint(
     What `fetch` returned may be overwritten when it is called again in the same thread. Some shards' entries are put
     where their extents keep them while the next are fetched. Raises `Unusable`, and what `fetch` raises.
     """
-    run = map if executor is None else executor.map
     shards = index.segments[0::2]
-    extents = run(lambda one: _read(one, "extents", fetch(one)), index.segments[1::2])
-
-    def entries(first: int) -> Iterator[_Entries]:
-        some = range(first, min(first + _SHARDS_AT_ONCE, len(shards)))
-        return iter(run(lambda i: _entries_of(shards[i], i, _read(shards[i], "entries", fetch(shards[i]))), some))
-
-    here = entries(0)
+    extents = _ahead(executor, lambda one: _read(one, "extents", fetch(one)), index.segments[1::2])
+    entries = _ahead(
+        executor, lambda i: _entries_of(shards[i], i, _read(shards[i], "entries", fetch(shards[i]))), range(len(shards))
+    )
     loading = _Loading(index, list(extents))
-    for first in range(0, len(shards), _SHARDS_AT_ONCE):
-        ahead = entries(first + _SHARDS_AT_ONCE)
-        loading.place(list(here))
-        here = ahead
+    while some := list(islice(entries, _SHARDS_AT_ONCE)):
+        loading.place(some)
     pa.default_memory_pool().release_unused()  # what was decoded is needed no more
-    return loading.state(run)
+    return loading.state(map if executor is None else executor.map)
+
+
+def _ahead(executor: Executor | None, call: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """Results in the order of items. A few calls are begun at once, and one more for each that is taken: decoding keeps
+    a core busy, so more of them at a time would only take memory."""
+    if executor is None:
+        return map(call, items)
+    left = iter(items)
+    width = len(os.sched_getaffinity(0)) + 1
+    begun = deque(executor.submit(call, item) for item in islice(left, width))
+
+    def taken() -> Iterator[T]:
+        while begun:
+            result = begun.popleft().result()
+            begun.extend(executor.submit(call, item) for item in islice(left, 1))
+            yield result
+
+    return taken()
 
 
 def decode_segments(index: CheckpointIndex, files: Mapping[str, bytes]) -> State:
