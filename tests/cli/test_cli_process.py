@@ -70,9 +70,10 @@ def test_console_script_and_no_traceback() -> None:
 def test_ctrl_c_exits_130(cache: Any) -> None:
     program = textwrap.dedent(
         """
-        import sys, time
+        import signal, sys, time
         from lmcache_s3.cli import main as cli
         from lmcache_s3.tiers.stores.local import LocalStore
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         def slow(*_, **__):
             print("waiting", flush=True)
             time.sleep(30)
