@@ -6,10 +6,11 @@ Codecs are synchronous, pure (no I/O, clock or randomness) and thread-safe. They
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -57,10 +58,18 @@ class KVCodec(ABC):
     def config(self) -> Mapping[str, JSON]:
         """JSON configuration, without the kv_dtype (the Zarr adapter adds that)."""
 
+    _measured_kl: float | None = None
+
     @property
     def measured_kl(self) -> float | None:
         """Measured next-token KL on the space's model, nats per token; 0.0 if exact, None if nobody measured."""
-        return 0.0 if self.exact else None
+        return 0.0 if self.exact else self._measured_kl
+
+    def measured(self, kl: float) -> Self:
+        """This codec, knowing what its next-token KL on the space's model is (nats per token; measured by others)."""
+        known = copy.copy(self)
+        known._measured_kl = kl
+        return known
 
     @property
     def level(self) -> str:

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import importlib
-from enum import StrEnum
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lmcache_s3.cli.common import errors_to_exit
 
+app = typer.Typer(no_args_is_help=True, help="Run a benchmark; exit 1 if a figure misses its goal.")
 
-class Benchmark(StrEnum):
-    """Each is a module of `lmcache_s3.benchmarks` with `main(json_path)`, imported when it is asked for."""
+BENCHMARKS = {
+    "e2e": "Two real engines share one S3 bucket.",
+    "index": "The index alone, up to 10 million entries.",
+    "fleet": "64 writers on a real cluster.",
+    "simulate": "1,000 instances, one day, in virtual time.",
+}
+"""Each is a module of `lmcache_s3.benchmarks` with `main(json_path)`, imported when it is asked for."""
 
-    E2E = "e2e"
-    INDEX = "index"
-    FLEET = "fleet"
-    SIMULATE = "simulate"
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")]
 
 
-def bench(
-    name: Annotated[
-        Benchmark,
-        typer.Argument(
-            help="e2e: two real engines share one S3 bucket. index: the index alone, up to 10 million entries. "
-            "fleet: 64 writers on a real cluster. simulate: 1,000 instances, one day, in virtual time."
-        ),
-    ],
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here as JSON.")] = None,
-) -> None:
-    """Run a benchmark; exit 1 if a figure misses its goal."""
+def run(name: str, **arguments: Any) -> None:
+    """`main` of a benchmark's module; its verdict becomes the exit code."""
     with errors_to_exit():
-        module = importlib.import_module(f"lmcache_s3.benchmarks.{name.value}")
-        met = module.main(json_path)
+        met = importlib.import_module(f"lmcache_s3.benchmarks.{name}").main(**arguments)
     if met is False:
         raise typer.Exit(1)
+
+
+def _plain(name: str) -> Callable[..., None]:
+    def benchmark(json_path: JsonPath = None) -> None:
+        run(name, json_path=json_path)
+
+    return benchmark
+
+
+for _name, _help in BENCHMARKS.items():
+    app.command(_name, help=_help)(_plain(_name))
