@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmcache_s3.codecs.registry import fidelity_class
 from lmcache_s3.config import Settings, load_settings
 from lmcache_s3.damage import DamageControl
 from lmcache_s3.errors import Invalid, Unusable
+from lmcache_s3.fidelity import measured_codec
 from lmcache_s3.handle import Handle
 from lmcache_s3.identity import ExtraKey, Space, prefix_hashes, root_hash
 from lmcache_s3.index.service import Index, IndexStats
@@ -120,9 +120,15 @@ class Cache:
     @classmethod
     def on_store(cls, store: ObjectStore, space: Space, settings: Settings) -> Cache:
         """Open on a store of one's own; it is closed with the cache."""
-        codec = settings.make_codec()
         geometry = space.geometry
-        fidelity = fidelity_class(codec, settings.max_kl)
+        codec, fidelity = measured_codec(
+            store,
+            settings.make_codec(),
+            settings.max_kl,
+            weights=space.weights,
+            kv_dtype=space.kv_dtype,
+            chunk_tokens=space.chunk_tokens,
+        )
         if not settings.read_only and fidelity != space.fidelity:
             raise Invalid(
                 f"codec={settings.codec} writes spaces of fidelity {fidelity!r}, this one is {space.fidelity!r}: "

@@ -15,8 +15,8 @@ from lmcache_s3.analysis.catalog import find_space, list_spaces, tending
 from lmcache_s3.analysis.traces import Fate, Trace, covered_uploads, traces
 from lmcache_s3.cli.common import Cli, table
 from lmcache_s3.cli.units import time_text
-from lmcache_s3.codecs.registry import fidelity_class
 from lmcache_s3.errors import Invalid
+from lmcache_s3.fidelity import measured_codec
 from lmcache_s3.identity import Space, prefix_hashes
 from lmcache_s3.types import ChunkRef
 from lmcache_s3.weights import model_config, weights_digest
@@ -89,15 +89,20 @@ def _candidates(
 def _expected(cli: Cli, model: str, kv_dtype: str | None) -> dict[str, Any]:
     """The identity's fields as far as they can be told without an engine."""
     settings = cli.settings
-    expected: dict[str, Any] = {
-        "weights": settings.weights_digest or weights_digest(model),
-        "chunk_tokens": settings.chunk_tokens,
-        "fidelity": fidelity_class(settings.make_codec(), settings.max_kl),
-    }
+    weights = settings.weights_digest or weights_digest(model)
     config = model_config(model)
     dtype = kv_dtype or config.get("dtype") or config.get("torch_dtype")
+    expected: dict[str, Any] = {"weights": weights, "chunk_tokens": settings.chunk_tokens}
     if isinstance(dtype, str):
         expected["kv_dtype"] = dtype.removeprefix("torch.")
+    _, expected["fidelity"] = measured_codec(
+        cli.store,
+        settings.make_codec(),
+        settings.max_kl,
+        weights=weights,
+        kv_dtype=expected.get("kv_dtype", "bfloat16"),
+        chunk_tokens=settings.chunk_tokens,
+    )
     return expected
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmcache_s3.codecs.base import KVCodec
-from lmcache_s3.codecs.registry import fidelity_class
 from lmcache_s3.damage import DamageControl
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Unavailable, Unsafe
+from lmcache_s3.fidelity import measured_codec
 from lmcache_s3.identity import Space
 from lmcache_s3.index.service import Index
 from lmcache_s3.integrations.vllm.model import ModelFacts
@@ -156,7 +156,15 @@ class Opening:
     def _open_in(self, store: CountingStore) -> OpenCache:
         settings = self._settings
         weights = settings.weights_digest or _digest_of(self._facts)
-        space = self._facts.space(weights, settings, fidelity_class(self._codec, settings.max_kl))
+        codec, fidelity = measured_codec(
+            store,
+            self._codec,
+            settings.max_kl,
+            weights=weights,
+            kv_dtype=self._facts.kv_dtype,
+            chunk_tokens=settings.chunk_tokens,
+        )
+        space = self._facts.space(weights, settings, fidelity)
         index = Index.open(store, space, settings=settings.index_settings())
         damage = DamageControl(index, store, space.id, space.geometry)
         return OpenCache(
@@ -164,7 +172,7 @@ class Opening:
             store,
             index,
             # what replaces a damaged extent is committed after its removal, else it would count as covered
-            Publisher(store, index, space, self._codec, before_commit=damage.settled_soon),
+            Publisher(store, index, space, codec, before_commit=damage.settled_soon),
             damage,
             before=dict(store.counts),
         )
