@@ -41,3 +41,34 @@ def _plain(name: str) -> Callable[..., None]:
 
 for _name, _help in BENCHMARKS.items():
     app.command(_name, help=_help)(_plain(_name))
+
+
+@app.command()
+def quality(
+    json_path: JsonPath = None,
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub name of a model; default: SmolLM2-135M-Instruct.")
+    ] = None,
+    codec: Annotated[str, typer.Option(help="The codec to measure.")] = "cachegen",
+    level: Annotated[list[str] | None, typer.Option(help="A level of it; may be repeated. Default: all.")] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=1, help="At most so many documents of each kind of text; default: 24 of prose.")
+    ] = None,
+    needles: Annotated[bool, typer.Option(help="Search needles in 4,096 and 8,192 tokens.")] = True,
+    save: Annotated[
+        str | None, typer.Option(metavar="URL", help="Root of a cache that may rely on what was measured (max_kl).")
+    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw rate and distortion here (.svg, .png).")] = None,
+) -> None:
+    """What a coded cache costs in the quality of a model's answers (about 15 minutes on two cores)."""
+    run(
+        "quality",
+        json_path=json_path,
+        model=model,
+        codec=codec,
+        levels=level or (),
+        documents=documents,
+        needles=needles,
+        save_url=save,
+        figure_path=figure,
+    )

@@ -1,0 +1,202 @@
+"""A Hugging Face model whose KV cache can be taken out as bits, and put back after something was done to it.
+
+The model computes in float32; its cache is taken as an engine stores it: K after the rotary embedding, V, rounded to
+the kv dtype, one array `[kv, layer, token, head, channel]` per group of layers that are alike (FORMAT.md §6.2). On a
+CPU or a GPU. Needs `pip install 'lmcache-s3[quality]'`. Not thread-safe.
+Raises `Invalid` for a package that is missing, a model that cannot be loaded, or one whose cache is not of this kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, get_args
+
+import numpy as np
+
+from lmcache_s3.errors import Invalid
+from lmcache_s3.identity import KVGroup
+from lmcache_s3.types import STORAGE_DTYPE, Geometry, KVDtype
+
+if TYPE_CHECKING:
+    import torch
+
+KV: TypeAlias = list[np.ndarray]
+"""One array [kv, layer, token, head, channel] of storage bits for each of `Model.groups`."""
+
+_PIECE_TOKENS = 1024
+"""Tokens a forward pass takes at most: bounds the memory of attention masks."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGroup:
+    """Layers with one shape of KV and one kind of attention. layers: their numbers in the model."""
+
+    group: KVGroup
+    layers: tuple[int, ...]
+
+    def geometry(self, kv_dtype: KVDtype, chunk_tokens: int) -> Geometry:
+        g = self.group
+        return Geometry(g.kv, g.layers, g.heads, g.head_dim, kv_dtype, chunk_tokens)
+
+
+class Model:
+    """A causal language model and its tokenizer. path: a directory or a hub name; nothing of it is executed.
+
+    device: as torch names it; None: a GPU where there is one.
+    """
+
+    def __init__(self, path: str | Path, *, device: str | None = None) -> None:
+        try:
+            import torch
+            import transformers
+        except ModuleNotFoundError as error:
+            raise Invalid(
+                f"running a model needs the package {error.name!r}: pip install 'lmcache-s3[quality]'",
+                kind="setting",
+                key="model",
+            ) from error
+        self.path = str(path)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        try:
+            config = transformers.AutoConfig.from_pretrained(self.path)
+            stated = str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)).removeprefix("torch.")
+            self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.path)
+            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        except (OSError, ValueError, KeyError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise Invalid(f"model {self.path!r} cannot be loaded: {said}", kind="argument", key="model") from error
+        self._setup(config, stated, device)
+
+    @classmethod
+    def of(cls, model: Any, *, kv_dtype: KVDtype = "bfloat16", tokenizer: Any = None) -> Model:
+        """Around a transformers model in memory; it becomes float32."""
+        made = cls.__new__(cls)
+        made.path, made.tokenizer, made._model = "memory", tokenizer, model.float()
+        made._setup(model.config, kv_dtype, "cpu")
+        return made
+
+    def _setup(self, config: Any, stated: str, device: str) -> None:
+        self.device = device
+        self.kv_dtype: KVDtype = next((known for known in get_args(KVDtype) if known == stated), "bfloat16")
+        self._model = self._model.to(device).eval()
+        self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.max_tokens = int(getattr(self._config, "max_position_embeddings", 1 << 20))
+        self.groups = self._find_groups()
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    def _find_groups(self) -> tuple[LayerGroup, ...]:
+        """From the cache of a two-token prompt: what is there cannot be wrong."""
+        layers = self._forward([0, 1], None)[1].layers
+        kinds = getattr(self._config, "layer_types", None) or ["full_attention"] * len(layers)
+        window = getattr(self._config, "sliding_window", None)
+        found: dict[tuple[str, int, int, int | None], list[int]] = {}
+        for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if keys is None or values is None or keys.shape != values.shape or keys.shape[2] != 2:
+                raise Invalid(
+                    f"model {self.name}: layer {number} keeps no K and V of one shape for each token: it cannot be "
+                    "measured yet",
+                    kind="argument",
+                    key="model",
+                )
+            sliding = "sliding" in kind and window is not None
+            key = (
+                "sliding" if sliding else "full",
+                int(keys.shape[1]),
+                int(keys.shape[3]),
+                window if sliding else None,
+            )
+            found.setdefault(key, []).append(number)
+        return tuple(
+            LayerGroup(KVGroup(kind, len(numbers), 2, heads, head_dim, limit), tuple(numbers))
+            for (kind, heads, head_dim, limit), numbers in found.items()
+        )
+
+    # --- text
+
+    def tokens(self, text: str) -> list[int]:
+        return [int(token) for token in self.tokenizer(text)["input_ids"]]
+
+    def chat_tokens(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """A conversation in the model's own template; as plain text where it has none."""
+        if getattr(self.tokenizer, "chat_template", None):
+            return self.tokens(self.tokenizer.apply_chat_template(list(messages), tokenize=False))
+        return self.tokens("\n\n".join(f"{m['role'].capitalize()}: {m['content']}" for m in messages))
+
+    # --- caches
+
+    def prefill(self, tokens: Sequence[int]) -> KV:
+        """The KV of a prompt, rounded to the kv dtype, as new arrays."""
+        cache: Any = None
+        for start in range(0, len(tokens), _PIECE_TOKENS):
+            _, cache = self._forward(tokens[start : start + _PIECE_TOKENS], cache, logits=1)
+        return [self._take(cache, group) for group in self.groups]
+
+    def _take(self, cache: Any, group: LayerGroup) -> np.ndarray:
+        import torch
+
+        planes = []
+        for plane in ("keys", "values"):
+            layers = [getattr(cache.layers[number], plane)[0].permute(1, 0, 2) for number in group.layers]
+            rounded = torch.stack(layers).to(getattr(torch, self.kv_dtype)).contiguous().cpu()
+            planes.append(rounded.view(torch.uint8).numpy().view(STORAGE_DTYPE[self.kv_dtype]))
+        return np.stack(planes)
+
+    def primed(self, kv: KV) -> Primed:
+        """A cache with this KV in it, from which continuations can be asked."""
+        import torch
+        import transformers
+
+        tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for group, bits in zip(self.groups, kv, strict=True):
+            flat = torch.from_numpy(np.ascontiguousarray(bits).view(np.uint8))
+            values = flat.view(getattr(torch, self.kv_dtype)).to(self.device, torch.float32).permute(0, 1, 3, 2, 4)
+            for i, number in enumerate(group.layers):
+                tensors[number] = (values[0, i : i + 1], values[1, i : i + 1])
+        cache = transformers.DynamicCache()
+        for number in sorted(tensors):
+            cache.update(*tensors[number], number)
+        return Primed(self, cache)
+
+    def _forward(self, tokens: Sequence[int], cache: Any, *, logits: int = 0) -> tuple[Any, Any]:
+        """Logits of the last `logits` tokens (0: of all) `[token, vocabulary]`, and the cache that grew."""
+        import torch
+        import transformers
+
+        cache = transformers.DynamicCache() if cache is None else cache
+        with torch.inference_mode():
+            ids = torch.tensor([list(tokens)], device=self.device)
+            out = self._model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=logits)
+        return out.logits[0], out.past_key_values
+
+
+class Primed:
+    """A prompt's KV in a model. Every question leaves it as it was."""
+
+    def __init__(self, model: Model, cache: Any) -> None:
+        self._model, self._cache = model, cache
+
+    def predict(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Log-probabilities, float32 `[token, vocabulary]`, of what follows each of these tokens after the prompt."""
+        import torch
+
+        logits, self._cache = self._model._forward(tokens, self._cache)
+        self._cache.crop(-len(tokens))
+        with torch.inference_mode():
+            return torch.log_softmax(logits.float(), dim=-1)
+
+    def greedy(self, first: int, n_tokens: int) -> list[int]:
+        """The likeliest continuation of the prompt and one token more."""
+        answer: list[int] = []
+        for _ in range(n_tokens):
+            logits, self._cache = self._model._forward([answer[-1] if answer else first], self._cache, logits=1)
+            answer.append(int(logits[-1].argmax()))
+        self._cache.crop(-n_tokens)
+        return answer
