@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ CACHEGEN_KL = 0.018
 NEEDLE_TOKENS = (4096, 8192)
 OTHER_KINDS_MOST = 4
 UNCODED_BITS = 16.0
+_PIPE_WIDTH = 160
 _LMCACHE = LMCacheCacheGen()
 
 
@@ -262,7 +264,8 @@ def main(
     model: directory or hub name; None: SmolLM2-135M-Instruct. documents: at most so many of each kind of text.
     save_url: root of a cache, whose bucket gets what was measured.
     """
-    console = Console(highlight=False)
+    # wide enough for the tables where output goes to no terminal
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     ours = coders(codec, levels)
     known = _load(model, console)
     texts = [one for kind in KINDS for one in _some(held_out(), kind, documents)]
