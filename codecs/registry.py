@@ -17,6 +17,7 @@ _CLASSES: dict[str, tuple[str, str]] = {
     "fast": ("lmcache_s3.codecs.fast", "FastCodec"),
     "torch": ("lmcache_s3.codecs.torch_", "TorchCodec"),
     "safetensors": ("lmcache_s3.codecs.safetensors_", "SafetensorsCodec"),
+    "lossless": ("lmcache_s3.codecs.lossless", "LosslessCodec"),
     "cachegen": ("lmcache_s3.codecs.cachegen", "CachegenCodec"),
 }
 CODEC_IDS: tuple[str, ...] = tuple(_CLASSES)

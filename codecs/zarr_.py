@@ -94,5 +94,9 @@ class SafetensorsZarr(ZarrKVCodec):
     codec_id: ClassVar[str] = "safetensors"
 
 
+class LosslessZarr(ZarrKVCodec):
+    codec_id: ClassVar[str] = "lossless"
+
+
 class CachegenZarr(ZarrKVCodec):
     codec_id: ClassVar[str] = "cachegen"

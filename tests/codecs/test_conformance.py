@@ -27,6 +27,11 @@ class TestSafetensors(CodecTests):
         return make_codec("safetensors")
 
 
+class TestLossless(CodecTests):
+    def make_codec(self) -> KVCodec:
+        return make_codec("lossless")
+
+
 class TestCachegenFine(CodecTests):
     def make_codec(self) -> KVCodec:
         return make_codec("cachegen", {"level": "fine"})

@@ -32,7 +32,7 @@ def test_every_codec_is_made_by_its_name(id: str) -> None:
     [
         ("fats", None, "did you mean 'fast'"),
         ("CacheGen", None, "did you mean 'cachegen'"),
-        ("", None, "there are fast, torch, safetensors, cachegen"),
+        ("", None, "there are fast, torch, safetensors, lossless, cachegen"),
         ("cachegen", {"levle": "fine"}, "did you mean 'level'"),
         ("cachegen", {"level": "finest"}, "fine, medium, coarse"),
         ("fast", {"level": "fine"}, "it has none"),
@@ -45,7 +45,7 @@ def test_unknown_names_are_answered_with_the_nearest(id: str, config: dict[str, 
 
 
 def test_fidelity_classes() -> None:
-    for exact in ("fast", "torch", "safetensors"):
+    for exact in ("fast", "torch", "safetensors", "lossless"):
         assert fidelity_class(make_codec(exact), None) == fidelity_class(make_codec(exact), 0.02) == "exact"
     assert fidelity_class(make_codec("cachegen", {"level": "fine"}), None) == "unmeasured-cachegen-fine"
     assert fidelity_class(Measured(), 0.02) == "kl0.02"
@@ -68,7 +68,7 @@ def test_bounds_that_are_none(bound: float) -> None:
 def test_the_registry_and_fast_stay_light() -> None:
     code = (
         "import sys, lmcache_s3.codecs.registry as r, lmcache_s3.extent\n"
-        "r.make_codec('fast'); r.make_codec('cachegen')\n"
+        "r.make_codec('fast'); r.make_codec('lossless'); r.make_codec('cachegen')\n"
         "heavy = {'torch', 'numba', 'zarr', 'safetensors', 'ml_dtypes'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

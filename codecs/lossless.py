@@ -1,0 +1,276 @@
+"""Codec `lossless`: exact, and a third smaller: what is not noise in floating-point numbers is entropy-coded.
+
+Sign, exponent and first mantissa bit of a channel's values are far from evenly spread; the other mantissa bits are
+noise. So each channel of each layer's K and V gets a base (its usual exponent) and one of a few tables of frequencies
+that the cell holds, and the upper bits are coded with it by rANS; the lower ones are packed as they are. FORMAT.md has
+the bytes:
+
+    0   1  version, 1                        4  4  number of words
+    1   1  mode: 0 raw, 1 coded              8  4  number of escapes
+    2   1  kv dtype, 1 to 5                 12  …  tables, then sections whose sizes follow from shape and numbers
+    3   1  number of tables
+
+A cell that would not become smaller is stored raw, so every bit pattern survives, NaN and denormals too. Encoding and
+decoding give the same bits on every machine. Raises `Unusable` (header's kinds, payload) when decoding, `Invalid` for
+arguments.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from lmcache_s3.codecs.arrays import check_array, contiguous, raw_bytes, storage_dtype
+from lmcache_s3.codecs.base import JSON, CellPosition, CellSpec, KVCodec
+from lmcache_s3.codecs.header import HEADER_BYTES, unwrap, wrap
+from lmcache_s3.errors import Unusable
+from lmcache_s3.types import ITEM_BYTES, Buffer
+
+if TYPE_CHECKING:
+    from lmcache_s3.kernels.float_planes import FloatLayout
+
+VERSION = 1
+RAW, CODED = 0, 1
+_FIXED = struct.Struct("<BBBBII")
+_DTYPES: dict[str, int] = {"bfloat16": 1, "float16": 2, "float32": 3, "float8_e4m3fn": 4, "float8_e5m2": 5}
+MAX_TABLES = 32
+"""Two of them for what each channel says of itself: its table, and its base."""
+_VALUES_A_TABLE = 8192
+"""A table takes some forty bytes: fewer values than these gain less from one more."""
+_SAMPLED_COLUMNS = 1024
+"""Enough to make tables from."""
+_ZEROS, _LONG = 0, 240
+"""First bytes in coded tables: a run of zeros, and frequencies of two bytes."""
+
+
+class LosslessCodec(KVCodec):
+    """Entropy-coded exponents, raw mantissas."""
+
+    id: ClassVar[str] = "lossless"
+    exact: ClassVar[bool] = True
+
+    @property
+    def config(self) -> Mapping[str, JSON]:
+        return {}
+
+    def max_encoded_bytes(self, spec: CellSpec) -> int:
+        return HEADER_BYTES + _FIXED.size + raw_bytes(spec)
+
+    def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
+        check_array(cell, spec, what="cell")
+        bits = contiguous(cell, spec)
+        payload = b"" if bits.size == 0 else _coded(_planes(bits, spec), spec)
+        if not 0 < len(payload) < _FIXED.size + raw_bytes(spec):
+            payload = _FIXED.pack(VERSION, RAW, _DTYPES[spec.kv_dtype], 0, 0, 0) + bits.tobytes()
+        return wrap(payload, spec, position)
+
+    def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
+        check_array(out, spec, what="out")
+        payload = unwrap(data, spec, position, max_bytes=self.max_encoded_bytes(spec))
+        if len(payload) < _FIXED.size:
+            raise Unusable("lossless payload is shorter than its fixed part", kind="truncated")
+        version, mode, dtype, tables, words, escapes = _FIXED.unpack_from(payload)
+        if version != VERSION or mode not in (RAW, CODED):
+            raise Unusable(f"lossless payload of version {version}, mode {mode}", kind="payload")
+        if dtype != _DTYPES[spec.kv_dtype]:
+            raise Unusable(f"lossless payload of dtype {dtype}, wanted {spec.kv_dtype}", kind="shape")
+        body = payload[_FIXED.size :]
+        if mode == RAW:
+            if tables or words or escapes or len(body) != raw_bytes(spec):
+                raise Unusable(f"raw lossless payload of {len(body)} bytes", kind="payload")
+            np.copyto(out, np.frombuffer(body, storage_dtype(spec)).reshape(spec.shape))
+            return
+        _Coded(body, spec, tables, words, escapes).decode(out)
+
+
+def _planes(cell: np.ndarray, spec: CellSpec) -> np.ndarray:
+    """The cell's bits as unsigned integers [plane, token, column]: a plane is a layer's K or V, a column a channel."""
+    kv, layers, tokens, heads, channels = spec.shape
+    return cell.view(f"u{ITEM_BYTES[spec.kv_dtype]}").reshape(kv * layers, tokens, heads * channels)
+
+
+# ---- encoding --------------------------------------------------------------------------------------------------------
+
+
+def _coded(planes: np.ndarray, spec: CellSpec) -> bytes:
+    """The payload of mode 1."""
+    from lmcache_s3.kernels import column_rans as rans  # numba only where it is needed
+    from lmcache_s3.kernels import column_tables, float_planes
+
+    layout = float_planes.LAYOUTS[spec.kv_dtype]
+    n, tokens, columns = planes.shape
+    bases = np.stack([float_planes.mean_bases(plane, layout) for plane in planes])
+    # A base is said as its distance from the plane's, which is a symbol too: channels far below lose to escapes.
+    plane_bases = np.maximum(bases.min(axis=1), bases.max(axis=1).clip(layout.escape) - layout.escape)
+    bases = np.maximum(bases, plane_bases[:, None]).astype(np.uint8)
+    frequencies = _first_tables(planes, bases, layout)
+    cost, pooled = column_tables.costs(frequencies), np.zeros(frequencies.shape, np.int64)
+    symbols, chosen = np.empty(planes.shape, np.uint8), np.empty((n, columns), np.uint8)
+    counts = np.empty((columns, layout.escape + 1), np.uint32)
+    raw, escapes = np.empty((n, layout.raw_bytes(tokens * columns)), np.uint8), []
+    for plane in range(n):
+        counts[:] = 0
+        float_planes.split(planes[plane], bases[plane], layout, symbols[plane], counts)
+        if counts[:, layout.escape].any():
+            escapes.append(float_planes.escapes_of(planes[plane], symbols[plane], layout))
+        column_tables.assign(counts, cost, pooled, chosen[plane])
+        float_planes.pack(planes[plane], layout, raw[plane])
+    distances = bases - plane_bases[:, None].astype(np.uint8)
+    sides = [np.bincount(side.reshape(-1), minlength=layout.escape + 1) for side in (chosen, distances)]
+    frequencies = rans.normalised(np.concatenate((pooled, sides)))
+    states, words = np.full(rans.LANES, rans.IDLE, np.uint32), np.empty(symbols.size + 2 * chosen.size + 1, np.uint16)
+    tables, place = rans.encoding_tables(frequencies), len(words)
+    for plane in range(n - 1, -1, -1):
+        place = rans.encode(symbols[plane], chosen[plane], tables, states, words, place)
+    for side, table in ((distances, len(pooled) + 1), (chosen, len(pooled))):
+        place = rans.encode(side, np.full(columns, table, np.uint8), tables, states, words, place)
+    escaped = np.concatenate(escapes) if escapes else np.empty(0, np.uint16)
+    fixed = _FIXED.pack(VERSION, CODED, _DTYPES[spec.kv_dtype], len(frequencies), len(words) - place, len(escaped))
+    parts = (plane_bases.astype(np.uint8), states.astype("<u4"), words[place:].astype("<u2", copy=False))
+    return b"".join((fixed, write_tables(frequencies), *(part.data for part in (*parts, escaped.astype("<u2"), raw))))
+
+
+def _first_tables(planes: np.ndarray, bases: np.ndarray, layout: FloatLayout) -> np.ndarray:
+    """Tables made from a sample of the columns."""
+    from lmcache_s3.kernels import column_tables, float_planes
+
+    n, _, columns = planes.shape
+    step = max(1, n * columns // _SAMPLED_COLUMNS)
+    counts = []
+    for plane in range(n):
+        items = np.ascontiguousarray(planes[plane, :, plane % step :: step])
+        if items.size:
+            counts.append(np.zeros((items.shape[1], layout.escape + 1), np.uint32))
+            float_planes.split(
+                items, bases[plane, plane % step :: step], layout, np.empty(items.shape, np.uint8), counts[-1]
+            )
+    most = min(MAX_TABLES - 2, 1 + planes.size // _VALUES_A_TABLE)
+    sampled = np.concatenate(counts)
+    return column_tables.make_tables(sampled, _groups(sampled, layout.window), most)
+
+
+def _groups(counts: np.ndarray, window: int) -> np.ndarray:
+    """A first guess of columns that belong together: sign, place in the window and spread, each in a few steps."""
+    wide = counts.astype(np.int64)
+    negative, both = wide[:, window : 2 * window].sum(axis=1), wide[:, :window] + wide[:, window : 2 * window]
+    total, place = np.maximum(both.sum(axis=1), 1), np.arange(window)
+    mean = (both @ place) * 4 // total
+    spread = (both @ place**2) // total - ((both @ place) // total) ** 2
+    groups: np.ndarray = ((negative * 5 // total) * 1024 + mean) * 4 + np.searchsorted([3, 8, 24], spread)
+    return groups
+
+
+def write_tables(frequencies: np.ndarray) -> bytes:
+    """Tables of frequencies, `[table, symbol]`, in one or two bytes each; runs of zeros in two."""
+    out = bytearray()
+    for row in frequencies.tolist():
+        zeros = 0
+        for frequency in (*row, -1):
+            if frequency == 0:
+                zeros += 1
+                continue
+            if zeros:
+                out += bytes((_ZEROS, zeros))
+            zeros = 0
+            if frequency >= _LONG:
+                out += bytes((_LONG + (frequency >> 8), frequency & 255))
+            elif frequency > 0:
+                out.append(frequency)
+    return bytes(out)
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def read_tables(data: memoryview, tables: int, symbols: int) -> tuple[np.ndarray, int]:
+    """(frequencies u16 [table, symbol], bytes read). Raises `Unusable` for tables that nothing can be coded with."""
+    from lmcache_s3.kernels.column_rans import TOTAL
+
+    out = np.zeros(tables * symbols, np.uint16)
+    at = place = 0
+    while place < len(out):
+        # Two bytes of room always: what follows the tables is longer than that.
+        if at + 2 > len(data):
+            raise Unusable("lossless: the tables are cut off", kind="payload")
+        first, second = data[at], data[at + 1]
+        at += 1 + (first == _ZEROS or first >= _LONG)
+        if first == _ZEROS:
+            place += second
+            if second == 0:
+                raise Unusable("lossless: a run of no zeros", kind="payload")
+            continue
+        out[place] = first if first < _LONG else (first - _LONG) << 8 | second
+        place += 1
+    frequencies = out.reshape(tables, symbols)
+    if place != len(out) or (frequencies.sum(axis=1, dtype=np.int64) != TOTAL).any() or frequencies.max() >= TOTAL:
+        raise Unusable("lossless: frequencies that do not add up", kind="payload")
+    return frequencies, at
+
+
+class _Coded:
+    """A coded payload, cut into its sections and checked. Raises `Unusable`."""
+
+    def __init__(self, body: memoryview, spec: CellSpec, tables: int, words: int, escapes: int) -> None:
+        from lmcache_s3.kernels.column_rans import LANES
+        from lmcache_s3.kernels.float_planes import LAYOUTS
+
+        kv, layers, tokens, heads, channels = spec.shape
+        self.spec, self.layout = spec, LAYOUTS[spec.kv_dtype]
+        self.shape = (kv * layers, tokens, heads * channels)
+        if not 3 <= tables <= MAX_TABLES or 0 in self.shape:
+            raise Unusable(f"lossless payload of {tables} tables", kind="payload")
+        self.frequencies, at = read_tables(body, tables, self.layout.escape + 1)
+        planes = self.shape[0]
+        raw = self.layout.raw_bytes(tokens * heads * channels)
+        sizes = (planes, 4 * LANES, 2 * words, 2 * escapes, planes * raw)
+        if at + sum(sizes) != len(body):
+            raise Unusable(f"lossless sections of {at + sum(sizes)} bytes in {len(body)}", kind="payload")
+        parts = []
+        for size in sizes:
+            parts.append(body[at : at + size].toreadonly())
+            at += size
+        self.plane_bases = np.frombuffer(parts[0], np.uint8)
+        self.states = np.frombuffer(parts[1], "<u4").astype(np.uint32)
+        # What follows the words lets the coder look for one without asking whether there is one.
+        self.words = np.concatenate((np.frombuffer(parts[2], "<u2"), np.zeros(LANES, np.uint16)), dtype=np.uint16)
+        self.escapes = np.frombuffer(parts[3], "<u2").astype(np.uint16)
+        self.raw = np.frombuffer(parts[4], np.uint8).reshape(planes, raw)
+
+    def decode(self, out: np.ndarray) -> None:
+        from lmcache_s3.kernels import column_rans as rans
+        from lmcache_s3.kernels import float_planes
+
+        layout, (planes, tokens, columns) = self.layout, self.shape
+        tables, own = rans.decoding_tables(self.frequencies), len(self.frequencies) - 2
+        sides, place = np.empty((2, planes, columns), np.uint8), 0
+        for side in range(2):
+            which = np.full(columns, own + side, np.uint8)
+            place = self._whole(rans.decode(self.states, self.words, place, which, tables, sides[side]))
+        chosen, bases = sides[0], sides[1].astype(np.int64) + self.plane_bases[:, None]
+        if chosen.max() >= own or bases.max() > layout.max_base:
+            raise Unusable("lossless: a table or base that there is not", kind="payload")
+        if self.escapes.size and self.escapes.max() >> (layout.width - layout.raw):
+            raise Unusable("lossless: an escape out of range", kind="payload")
+        bases = bases.astype(np.uint8)
+        symbols, escapes = np.empty((tokens, columns), np.uint8), self.escapes
+        item = np.dtype(f"u{ITEM_BYTES[self.spec.kv_dtype]}")
+        whole = out.reshape(-1).view(item).reshape(self.shape) if out.flags.c_contiguous else np.empty(self.shape, item)
+        for plane in range(planes):
+            place = self._whole(rans.decode(self.states, self.words, place, chosen[plane], tables, symbols))
+            needed = float_planes.merge(symbols, bases[plane], self.raw[plane], escapes, layout, whole[plane])
+            if needed > len(escapes):
+                raise Unusable("lossless: escapes do not match the symbols", kind="payload")
+            escapes = escapes[needed:]
+        if len(escapes) or place != len(self.words) - rans.LANES or (self.states != rans.IDLE).any():
+            raise Unusable("lossless: the symbols' stream is not whole", kind="payload")
+        if not out.flags.c_contiguous:
+            np.copyto(out, whole.view(out.dtype).reshape(out.shape))
+
+    @staticmethod
+    def _whole(place: int) -> int:
+        if place < 0:
+            raise Unusable("lossless: the symbols' stream is not whole", kind="payload")
+        return place
