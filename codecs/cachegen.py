@@ -1,11 +1,12 @@
-"""Codec `cachegen`: quantise, then entropy-code; lossy. After CacheGen (SIGCOMM '24), in its simplest correct form.
+"""Codec `cachegen`: quantise, then entropy-code; lossy. After CacheGen (SIGCOMM '24), with what measuring changed.
 
-K is scaled per channel, V per token, the more coarsely the deeper the layer; the prompt's first token, which attention
-leans on most, is kept to the bit; symbols are coded by rANS with static tables. The payload says everything that
-decoding needs, so any instance decodes every level. FORMAT.md has its bytes:
+Hadamard transform over each head's channels; K scaled per channel, V per token; static rANS tables that a byte
+names; the prompt's first token, which attention leans on most, kept to the bit; no deltas between tokens, which gain
+nothing at equal error. The payload says everything that decoding needs, so any instance decodes every level. FORMAT.md
+§7.1 has its bytes:
 
     0   1  version, 1                        4  4  number of words
-    1   1  mode: 0 raw, 1 quantised          8  4  number of escapes
+    1   1  mode: 0 raw, 1 quantised          8  4  number of values of escapes
     2   1  1 if the first token is exact    12  …  sections; their sizes follow from shape, mode and the two numbers
     3   1  kv dtype, 1 to 5
 
@@ -15,9 +16,10 @@ bits on every machine. Raises `Unusable` (header's kinds, payload) when decoding
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -27,23 +29,26 @@ from lmcache_s3.codecs.header import HEADER_BYTES, unwrap, wrap
 from lmcache_s3.errors import Invalid, Unusable
 from lmcache_s3.types import Buffer
 
+if TYPE_CHECKING:
+    from lmcache_s3.kernels.cachegen_rows import Rows
+
 VERSION = 1
 RAW, QUANTISED = 0, 1
 _FIXED = struct.Struct("<BBBBII")
-_STATES = 32
+_LANES = 32
 _DTYPES: dict[str, int] = {"bfloat16": 1, "float16": 2, "float32": 3, "float8_e4m3fn": 4, "float8_e5m2": 5}
 
-_SIXTEENTHS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int]]] = {
-    "fine": ((4, 5, 6), (6, 7, 8)),
-    "medium": ((8, 10, 12), (12, 14, 16)),
-    "coarse": ((12, 16, 20), (18, 21, 24)),
+_SIXTEENTHS: dict[str, tuple[int, int]] = {
+    "fine": (6, 9),
+    "medium": (13, 19),
+    "coarse": (20, 30),
 }
-"""level → steps of (K, V) in the first, middle and last third of a cell's layers, in 1/16 standard deviations."""
+"""level → steps of (K, V), in 1/16 standard deviations of a coefficient."""
 LEVELS = tuple(_SIXTEENTHS)
 
 
 class CachegenCodec(KVCodec):
-    """level: `fine`, `medium` or `coarse`. Its error has not been measured on a model: `measured_kl` is None."""
+    """level: one of `LEVELS`, from fine to coarse."""
 
     id: ClassVar[str] = "cachegen"
     exact: ClassVar[bool] = False
@@ -72,39 +77,38 @@ class CachegenCodec(KVCodec):
             payload = _FIXED.pack(VERSION, RAW, 0, _DTYPES[spec.kv_dtype], 0, 0) + contiguous(cell, spec).tobytes()
         return wrap(payload, spec, position)
 
+    def _steps(self, kv: int, layers: int) -> np.ndarray:
+        """Wanted steps in standard deviations, float64 [row]."""
+        return np.repeat(np.array(_SIXTEENTHS[self._level][:kv], np.float64) / 16, layers)
+
     def _quantised(self, cell: np.ndarray, spec: CellSpec, first_exact: bool) -> bytes | None:
-        """The payload of mode 1; None where a value is not finite."""
+        """The payload of mode 1; None where a value is not finite, or where it would not be smaller."""
         from lmcache_s3.codecs.dtypes import to_float32  # numba and ml_dtypes only where they are needed
-        from lmcache_s3.kernels import rans
-        from lmcache_s3.kernels.quantise import quantise
+        from lmcache_s3.kernels import cachegen_rows
 
-        kv, layers, tokens, heads, channels = spec.shape
-        symbols = np.empty((kv, layers, heads, channels, tokens - first_exact), np.uint8)
-        bases = np.empty((kv, layers), "<u2")
-        means, codes, escapes = [], [], []
-        for plane in range(kv):
-            for layer in range(layers):
-                values = to_float32(cell[plane, layer, int(first_exact) :], spec.kv_dtype)
-                if not np.isfinite(values).all():
-                    return None
-                done = quantise(values, self._sixteenths(plane, layer, layers), per_token=plane == 1)
-                symbols[plane, layer], bases[plane, layer] = done.symbols, done.base
-                codes.append(done.codes.tobytes())
-                escapes.append(done.escapes.astype("<i2").tobytes())
-                if plane == 0:
-                    means.append(done.means.astype("<u2").tobytes())
-        rows = symbols.reshape(-1, symbols.shape[-1])
-        tables = rans.choose_tables(rows)
-        states, words = rans.encode(rows, tables)
-        escape_bytes = b"".join(escapes)
-        first = contiguous(cell[:, :, :1], spec).tobytes() if first_exact else b""
-        dtype, count = _DTYPES[spec.kv_dtype], len(escape_bytes) // 2
-        fixed = _FIXED.pack(VERSION, QUANTISED, first_exact, dtype, len(words), count)
-        parts = (first, bases.tobytes(), *means, *codes, tables.tobytes(), states.astype("<u4").tobytes())
-        return b"".join((fixed, *parts, words.astype("<u2").tobytes(), escape_bytes))
-
-    def _sixteenths(self, plane: int, layer: int, layers: int) -> int:
-        return _SIXTEENTHS[self._level][plane][3 * layer // layers]
+        kv, layers, _, _, _ = spec.shape
+        most = raw_bytes(spec)
+        rows = cachegen_rows.room_for_rows(kv * layers, most // 2, most)
+        coded = cell[:, :, int(first_exact) :]
+        if spec.kv_dtype != "bfloat16":
+            coded = to_float32(coded, spec.kv_dtype)
+        if not cachegen_rows.encode(rows, self._steps(kv, layers), coded):
+            return None
+        words, escapes = int(rows.word_ends[-1]), int(rows.escape_ends[-1])
+        fixed = _FIXED.pack(VERSION, QUANTISED, first_exact, _DTYPES[spec.kv_dtype], words, escapes)
+        return b"".join(
+            (
+                fixed,
+                contiguous(cell[:, :, :1], spec).tobytes() if first_exact else b"",
+                np.diff(rows.word_ends).astype("<u4").tobytes(),
+                np.diff(rows.escape_ends).astype("<u4").tobytes(),
+                rows.bases.astype("<u2").tobytes(),
+                rows.chosen.tobytes(),
+                rows.states.astype("<u4").tobytes(),
+                rows.words[:words].astype("<u2").tobytes(),
+                rows.escapes[:escapes].tobytes(),
+            )
+        )
 
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
         check_array(out, spec, what="out")
@@ -124,78 +128,70 @@ class CachegenCodec(KVCodec):
             return
         if spec.shape[2] <= first_exact:
             raise Unusable("cachegen payload without a quantised token", kind="payload")
-        _Sections(body, spec, bool(first_exact), words, escapes).decode(out)
+        first, rows = _sections(body, spec, bool(first_exact), words, escapes)
+        _decode_rows(rows, spec, out[:, :, first_exact:])
+        if first_exact:
+            out[:, :, :1] = first
 
 
-class _Sections:
-    """The sections of a quantised payload, cut out and checked. Raises `Unusable`."""
+def _sections(body: memoryview, spec: CellSpec, first_exact: bool, words: int, escapes: int) -> tuple[np.ndarray, Rows]:
+    """(first token, rows) of a quantised payload, cut out and checked against its length. Raises `Unusable`."""
+    from lmcache_s3.kernels.cachegen_rows import VALUES, Rows
+    from lmcache_s3.kernels.rans import SPARE_WORDS
+    from lmcache_s3.kernels.rans_tables import TABLES
 
-    def __init__(self, body: memoryview, spec: CellSpec, first_exact: bool, words: int, escapes: int) -> None:
-        kv, layers, tokens, heads, channels = spec.shape
-        self.spec = spec
-        self.first_exact = first_exact
-        coded = tokens - first_exact
-        shapes: list[tuple[str, np.dtype, tuple[int, ...]]] = [
-            ("first", storage_dtype(spec), (kv, layers, int(first_exact), heads, channels)),
-            ("bases", np.dtype("<u2"), (kv, layers)),
-            ("means", np.dtype("<u2"), (layers, heads, channels)),
-            ("channel_codes", np.dtype("u1"), (layers, heads, channels)),
-            ("token_codes", np.dtype("u1"), (kv - 1, layers, coded, heads)),
-            ("tables", np.dtype("u1"), (kv * layers * heads * channels,)),
-            ("states", np.dtype("<u4"), (_STATES,)),
-            ("words", np.dtype("<u2"), (words,)),
-            ("escapes", np.dtype("<i2"), (escapes,)),
-        ]
-        sizes = [dtype.itemsize * int(np.prod(shape, dtype=object)) for _, dtype, shape in shapes]
-        if sum(sizes) != len(body):
-            raise Unusable(f"cachegen sections of {sum(sizes)} bytes in {len(body)}", kind="payload")
-        self.section: dict[str, np.ndarray] = {}
-        offset = 0
-        for (name, dtype, shape), size in zip(shapes, sizes, strict=True):
-            # bytes(): aligned, so that the kernels see ordinary arrays; sections are small beside the decoded cell.
-            self.section[name] = np.frombuffer(bytes(body[offset : offset + size]), dtype).reshape(shape)
-            offset += size
-        self.symbols = np.empty((kv, layers, heads, channels, coded), np.uint8)
+    kv, layers, _, heads, channels = spec.shape
+    count = kv * layers
+    shapes: list[tuple[np.dtype, tuple[int, ...]]] = [
+        (storage_dtype(spec), (kv, layers, int(first_exact), heads, channels)),
+        (np.dtype("<u4"), (count,)),
+        (np.dtype("<u4"), (count,)),
+        (np.dtype("<u2"), (count,)),
+        (np.dtype("u1"), (count, VALUES + 1)),
+        (np.dtype("<u4"), (count, _LANES)),
+        (np.dtype("<u2"), (words,)),
+        (np.dtype("i1"), (escapes,)),
+    ]
+    sizes = [dtype.itemsize * math.prod(shape) for dtype, shape in shapes]
+    if sum(sizes) != len(body):
+        raise Unusable(f"cachegen sections of {sum(sizes)} bytes in {len(body)}", kind="payload")
+    cut: list[np.ndarray] = []
+    offset = 0
+    for (dtype, shape), size in zip(shapes, sizes, strict=True):
+        # bytes(): aligned, so that the kernels see ordinary arrays; sections are small beside the decoded cell.
+        cut.append(np.frombuffer(bytes(body[offset : offset + size]), dtype).reshape(shape))
+        offset += size
+    first, word_counts, escape_counts, bases, chosen, states, stream, escaped = cut
+    if int(word_counts.sum(dtype=np.uint64)) != words or int(escape_counts.sum(dtype=np.uint64)) != escapes:
+        raise Unusable("cachegen rows do not add up to the payload's words and escapes", kind="payload")
+    if (chosen >= TABLES).any() or (kv == 2 and chosen[layers:, 1].any()):
+        raise Unusable("cachegen: a table there is not", kind="payload")
+    padded = np.zeros(words + SPARE_WORDS, np.uint16)
+    padded[:words] = stream
+    ends = [np.concatenate((np.zeros(1, np.int64), np.cumsum(counts))) for counts in (word_counts, escape_counts)]
+    native = (bases.astype(np.uint16), chosen.copy(), states.astype(np.uint32))
+    return first, Rows(*native, ends[0].astype(np.int64), ends[1].astype(np.int64), padded, escaped.copy())
 
-    def decode(self, out: np.ndarray) -> None:
-        from lmcache_s3.codecs.dtypes import from_float32
-        from lmcache_s3.kernels import rans
-        from lmcache_s3.kernels.quantise import Quantised, dequantise
 
-        self._check()
-        kv, layers, _, heads, channels = self.spec.shape
-        coded = self.symbols.shape[-1]
-        taken = 0
-        values = np.empty((coded, heads, channels), np.float32)
-        no_means = np.zeros((heads, channels), np.uint16)
-        for plane in range(kv):
-            for layer in range(layers):
-                symbols = self.symbols[plane, layer]
-                count = rans.count_escapes(symbols)
-                quantised = Quantised(
-                    symbols,
-                    self.section["escapes"][taken : taken + count],
-                    no_means if plane else self.section["means"][layer],
-                    int(self.section["bases"][plane, layer]),
-                    self.section["token_codes"][0, layer] if plane else self.section["channel_codes"][layer],
-                )
-                taken += count
-                dequantise(quantised, values, per_token=plane == 1)
-                out[plane, layer, int(self.first_exact) :] = from_float32(values, self.spec.kv_dtype)
-        if self.first_exact:
-            out[:, :, :1] = self.section["first"]
+def _decode_rows(rows: Rows, spec: CellSpec, out: np.ndarray) -> None:
+    """Rows into the coded tokens' part of `out`. Raises `Unusable`."""
+    from lmcache_s3.codecs.dtypes import from_float32
+    from lmcache_s3.kernels import cachegen_rows
 
-    def _check(self) -> None:
-        from lmcache_s3.kernels import rans
-        from lmcache_s3.kernels.quantise import MAX_STEP_CODE, MIN_STEP_CODE
+    kv, layers, tokens, heads, channels = out.shape
+    if spec.kv_dtype in ("bfloat16", "float32"):
+        _check(cachegen_rows.decode(rows, range(kv * layers), layers, out))
+        return
+    values = np.empty((1, 1, tokens, heads, channels), np.float32)
+    for row in range(kv * layers):
+        _check(cachegen_rows.decode(rows, range(row, row + 1), layers, values))
+        out[row // layers, row % layers] = from_float32(values[0, 0], spec.kv_dtype)
 
-        bases = self.section["bases"]
-        if bases.size and (bases.min() < MIN_STEP_CODE or bases.max() > MAX_STEP_CODE - 255):
-            raise Unusable("cachegen: a step out of range", kind="payload")
-        if ((self.section["means"] & 0x7F80) == 0x7F80).any():
-            raise Unusable("cachegen: a mean that is not finite", kind="payload")
-        rows = self.symbols.reshape(-1, self.symbols.shape[-1])
-        if not rans.decode(self.section["states"], self.section["words"], self.section["tables"], rows):
-            raise Unusable("cachegen: the symbols' stream is not whole", kind="payload")
-        if rans.count_escapes(self.symbols) != len(self.section["escapes"]):
-            raise Unusable("cachegen: escapes do not match the symbols", kind="payload")
+
+def _check(answer: int) -> None:
+    from lmcache_s3.kernels.cachegen_rows import STEP_OUT_OF_RANGE, WHOLE
+
+    if answer == STEP_OUT_OF_RANGE:
+        raise Unusable("cachegen: a step out of range", kind="payload")
+    if answer != WHOLE:
+        raise Unusable("cachegen: a row's stream is not whole", kind="payload")

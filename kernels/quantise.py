@@ -1,191 +1,172 @@
-"""Uniform quantisation of one layer's K or V, `[token, head, channel]` float32, to symbols and back.
+"""One row of a cell (a layer's K or V): Hadamard transform over the channels, uniform quantisation, and back.
 
-A value is `mean + q · step`; q within ±31 is the symbol q + 31, any other an escape (symbol 63) with q stored apart.
-Two ways to scale: *per channel* (K: mean and step of each head and channel over the tokens) and *per token* (V: step of
-each token and head over the channels, no mean). Steps are coded in 8 bits: the upper 12 bits of a float32, less a base.
+The transform turns each token's and head's channels, in blocks of the largest power of two that divides their number,
+into coefficients that are spread evenly and nearly normal. A coefficient is `(q + m ÷ 2) · step`, q in ±127. Two ways
+to scale: *per channel* (K: step and m of each head and coefficient over the tokens) and *per token* (V: step of each
+token and head over the coefficients, m = 0). A step is the float32 whose bits are (base + code) << 21.
 
-`quantise_reference.py` is the same in plain NumPy; both give the same bits on every machine (sums run in token or
-channel order in float64). Threads: safe, no GIL. Raises nothing; values must be finite.
+All arithmetic is float32 and float64 without contraction, in an order that is said, so that every machine gets the same
+bits; `quantise_reference.py` is the same in plain NumPy. Threads: safe, no GIL. Raises nothing.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from lmcache_s3.kernels.jit import kernel
-from lmcache_s3.kernels.rans_tables import ESCAPE, LARGEST
 
-MAX_QUANTISED = 32767
-STEP_SHIFT = 20
-"""A step code counts float32 bit patterns in units of 2²⁰: three bits of mantissa, 12.5 % apart."""
-MIN_STEP_CODE = 8
-"""The smallest normal float32."""
-MAX_STEP_CODE = 0x7F7
-"""The largest finite one."""
+CODE_SHIFT = 21
+MIN_CODE, MAX_CODE = 108, 871
+"""Steps of 2⁻¹⁰⁰ … 1.75 · 2⁹⁰: coefficients and their sums are neither infinite nor denormal."""
+REACH = 127
+_MOST = 110.0
+"""Steps are at least the largest deviation ÷ this: below 127 by what coding a step may take from it."""
 
 
-class Quantised(NamedTuple):
-    """symbols: u8 [head, channel, token]. escapes: i16, in the symbols' order.
+def block_of(channels: int) -> int:
+    """Channels that are transformed together: the largest power of two that divides their number."""
+    return channels & -channels
 
-    means: u16 [head, channel], bfloat16 bits; zeros where scaled per token. base and codes, u8 [head, channel] or
-    [token, head]: a step is the float32 whose bits are (base + code) << 20.
+
+@kernel
+def _butterflies(low: np.ndarray, high: np.ndarray) -> None:
+    for i in range(low.size):
+        a = low[i]
+        b = high[i]
+        low[i] = a + b
+        high[i] = a - b
+
+
+@kernel
+def hadamard(y: np.ndarray, block: int, vectors: int) -> None:
+    """Transform `vectors` vectors at once, in place: y float32, channel c of vector v at c · vectors + v.
+
+    Sums and differences of the channels (i, i + h) of a block, h = block ÷ 2 first, then its halves down to 1. Vectors
+    lie side by side, so that all of it is sums of whole stretches of memory.
     """
-
-    symbols: np.ndarray
-    escapes: np.ndarray
-    means: np.ndarray
-    base: int
-    codes: np.ndarray
-
-
-def quantise(values: np.ndarray, sixteenths: int, *, per_token: bool) -> Quantised:
-    """values: finite float32 [token, head, channel], C order. sixteenths: step in 1/16 standard deviations."""
-    tokens, heads, channels = values.shape
-    means = np.zeros((heads, channels), np.uint16)
-    deviations = np.empty((tokens, heads) if per_token else (heads, channels), np.float64)
-    if per_token:
-        _token_deviations(values, deviations)
-    else:
-        _channel_deviations(values, means, deviations)
-    base, codes = code_steps(deviations, sixteenths)
-    steps = steps_of(base, codes)
-    means32 = bfloat16_values(means)
-    symbols = np.empty((heads, channels, tokens), np.uint8)
-    count = _symbols(values, means32, steps, per_token, symbols)
-    escapes = np.empty(count, np.int16)
-    if count:
-        _escapes(values, means32, steps, per_token, symbols, escapes)
-    return Quantised(symbols, escapes, means, base, codes)
-
-
-def dequantise(quantised: Quantised, out: np.ndarray, *, per_token: bool) -> None:
-    """Undo into `out`, float32 [token, head, channel], C order. There must be as many escapes as symbols say."""
-    steps = steps_of(quantised.base, quantised.codes)
-    means32 = bfloat16_values(quantised.means)
-    _values(quantised.symbols, means32, steps, per_token, out)
-    if len(quantised.escapes):
-        _escaped_values(quantised.symbols, quantised.escapes, means32, steps, per_token, out)
-
-
-def code_steps(deviations: np.ndarray, sixteenths: int) -> tuple[int, np.ndarray]:
-    """(base, u8 codes) of the steps `deviation · sixteenths ÷ 16`; too small ones become the smallest."""
-    with np.errstate(over="ignore"):
-        bits = (deviations * (sixteenths / 16)).astype(np.float32).view(np.uint32)
-    rounded = np.minimum((bits + np.uint32(1 << (STEP_SHIFT - 1))) >> np.uint32(STEP_SHIFT), MAX_STEP_CODE)
-    base = max(MIN_STEP_CODE, int(rounded.max()) - 255)
-    return base, np.clip(rounded.astype(np.int64) - base, 0, 255).astype(np.uint8)
-
-
-def steps_of(base: int, codes: np.ndarray) -> np.ndarray:
-    """Coded steps as float32, same shape."""
-    return ((codes.astype(np.uint32) + np.uint32(base)) << np.uint32(STEP_SHIFT)).view(np.float32)
-
-
-def bfloat16_values(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    h = block // 2
+    while h:
+        stretch = h * vectors
+        for first in range(0, y.size, 2 * stretch):
+            _butterflies(y[first : first + stretch], y[first + stretch : first + 2 * stretch])
+        h //= 2
 
 
 @kernel
-def _token_deviations(values: np.ndarray, deviations: np.ndarray) -> None:
-    tokens, heads, channels = values.shape
+def channel_steps(y: np.ndarray, step: float, steps: np.ndarray, means: np.ndarray) -> None:
+    """y: float32 [token, coefficient]. steps, means: float64 [coefficient], wanted steps and means over the tokens."""
+    tokens, width = y.shape
+    squares = np.zeros(width, np.float64)
+    low = y[0].copy()
+    high = y[0].copy()
+    means[:] = 0.0
     for token in range(tokens):
-        for head in range(heads):
-            total = 0.0
-            for channel in range(channels):
-                x = np.float64(values[token, head, channel])
-                total += x * x
-            deviations[token, head] = np.sqrt(total / channels)
+        for j in range(width):
+            x = y[token, j]
+            wide = np.float64(x)
+            means[j] += wide
+            squares[j] += wide * wide
+            low[j] = x if x < low[j] else low[j]
+            high[j] = x if x > high[j] else high[j]
+    for j in range(width):
+        mean = means[j] / tokens
+        variance = squares[j] / tokens - mean * mean
+        means[j] = mean
+        most = max(np.float64(high[j]) - mean, mean - np.float64(low[j]))
+        wanted = step * np.sqrt(max(variance, 0.0))
+        steps[j] = max(wanted, max(most, 2.0 * abs(mean)) / _MOST) if np.isfinite(variance) else np.inf
 
 
 @kernel
-def _channel_deviations(values: np.ndarray, means: np.ndarray, deviations: np.ndarray) -> None:
-    tokens, heads, channels = values.shape
-    total = np.zeros((heads, channels), np.float64)
-    for token in range(tokens):
-        for head in range(heads):
-            for channel in range(channels):
-                total[head, channel] += np.float64(values[token, head, channel])
-    mean32 = np.empty((heads, channels), np.float32)
-    for head in range(heads):
-        for channel in range(channels):
-            mean32[head, channel] = np.float32(total[head, channel] / tokens)
-    bits = mean32.view(np.uint32)
-    for head in range(heads):
-        for channel in range(channels):
-            b = np.uint64(bits[head, channel])
-            rounded = (b + np.uint64(0x7FFF) + ((b >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
-            if rounded & np.uint64(0x7FFF) == np.uint64(0x7F80):  # would round to infinity
-                rounded -= np.uint64(1)
-            means[head, channel] = np.uint16(rounded)
-            bits[head, channel] = np.uint32(rounded << np.uint64(16))
-    total[:] = 0.0
-    for token in range(tokens):
-        for head in range(heads):
-            for channel in range(channels):
-                x = np.float64(values[token, head, channel]) - np.float64(mean32[head, channel])
-                total[head, channel] += x * x
-    for head in range(heads):
-        for channel in range(channels):
-            deviations[head, channel] = np.sqrt(total[head, channel] / tokens)
+def token_steps(y: np.ndarray, step: float, steps: np.ndarray) -> None:
+    """y: float32 [vector, coefficient]. steps: float64 [vector], `step` root mean squares.
+
+    The sum of squares is of eight partial sums, of the coefficients i, i + 8, …; ((0+1)+(2+3))+((4+5)+(6+7)).
+    """
+    vectors, width = y.shape
+    wanted = max(step, np.sqrt(np.float64(width)) / _MOST)
+    sums = np.empty(8, np.float64)
+    for vector in range(vectors):
+        sums[:] = 0.0
+        whole = width - width % 8
+        for first in range(0, whole, 8):
+            for i in range(8):
+                x = np.float64(y[vector, first + i])
+                sums[i] += x * x
+        for i in range(width - whole):
+            x = np.float64(y[vector, whole + i])
+            sums[i] += x * x
+        total = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]))
+        steps[vector] = wanted * np.sqrt(total / width)
 
 
 @kernel
-def _symbols(values: np.ndarray, means: np.ndarray, steps: np.ndarray, per_token: bool, symbols: np.ndarray) -> int:
-    tokens, heads, channels = values.shape
-    count = 0
-    for head in range(heads):
-        for token in range(tokens):
-            for channel in range(channels):
-                step = steps[token, head] if per_token else steps[head, channel]
-                q = np.rint((values[token, head, channel] - means[head, channel]) / step)
-                if abs(q) <= np.float32(LARGEST):
-                    symbols[head, channel, token] = np.uint8(np.int32(q) + LARGEST)
-                else:
-                    symbols[head, channel, token] = ESCAPE
-                    count += 1
-    return count
+def code_steps(steps: np.ndarray, codes: np.ndarray, coded: np.ndarray) -> int:
+    """Code wanted steps, float64 [n], into `codes`, i8 [n]; `coded`, float32 [n], becomes what they decode to.
+
+    Returns the base, or −1 where a step is too large or not finite. Codes are those of the nearest steps; the base is
+    their mean, rounded down, but at least the largest less 127; what is below base − 127 becomes that.
+    """
+    bits = coded.view(np.uint32)
+    total = np.int64(0)
+    largest = np.int64(0)
+    for i in range(steps.size):
+        if not steps[i] <= 2.0**90:
+            return -1
+        coded[i] = np.float32(steps[i])
+        code = (np.int64(bits[i]) + (1 << (CODE_SHIFT - 1))) >> CODE_SHIFT
+        code = max(code, np.int64(MIN_CODE))
+        bits[i] = np.uint32(code)
+        total += code
+        largest = max(largest, code)
+    base = int(max(total // steps.size, largest - REACH))
+    for i in range(steps.size):
+        code = max(np.int64(bits[i]), np.int64(base - REACH))
+        codes[i] = np.int8(code - base)
+        bits[i] = np.uint32(code << CODE_SHIFT)
+    return base
 
 
 @kernel
-def _escapes(
-    values: np.ndarray, means: np.ndarray, steps: np.ndarray, per_token: bool, symbols: np.ndarray, escapes: np.ndarray
-) -> None:
-    heads, channels, tokens = symbols.shape
-    place = 0
-    for head in range(heads):
-        for channel in range(channels):
-            for token in range(tokens):
-                if symbols[head, channel, token] == ESCAPE:
-                    step = steps[token, head] if per_token else steps[head, channel]
-                    q = np.rint((values[token, head, channel] - means[head, channel]) / step)
-                    q = min(max(q, np.float32(-MAX_QUANTISED)), np.float32(MAX_QUANTISED))
-                    escapes[place] = np.int16(q)
-                    place += 1
+def decode_steps(base: int, codes: np.ndarray, count: int, coded: np.ndarray) -> bool:
+    """Undo: float32 steps of codes[:count]. False where one is out of range; `coded` is then undefined."""
+    bits = coded.view(np.uint32)
+    fine = True
+    for i in range(count):
+        code = np.int64(codes[i]) + base
+        if code < MIN_CODE or code > MAX_CODE:
+            fine = False
+        bits[i] = np.uint32((code & 0x3FF) << CODE_SHIFT)
+    return fine
 
 
 @kernel
-def _values(symbols: np.ndarray, means: np.ndarray, steps: np.ndarray, per_token: bool, out: np.ndarray) -> None:
-    tokens, heads, channels = out.shape
-    for head in range(heads):
-        for token in range(tokens):
-            for channel in range(channels):
-                step = steps[token, head] if per_token else steps[head, channel]
-                q = np.float32(np.int32(symbols[head, channel, token]) - LARGEST)
-                out[token, head, channel] = q * step + means[head, channel]
+def code_means(means: np.ndarray, coded: np.ndarray, codes: np.ndarray) -> None:
+    """codes: i8 [coefficient], means in half steps, nearest, ties to even, −127 … 127."""
+    for i in range(means.size):
+        m = np.rint(np.float32(means[i]) / (np.float32(0.5) * coded[i]))
+        codes[i] = np.int8(min(max(m, np.float32(-REACH)), np.float32(REACH)))
 
 
 @kernel
-def _escaped_values(
-    symbols: np.ndarray, escapes: np.ndarray, means: np.ndarray, steps: np.ndarray, per_token: bool, out: np.ndarray
-) -> None:
-    heads, channels, tokens = symbols.shape
-    place = 0
-    for head in range(heads):
-        for channel in range(channels):
-            for token in range(tokens):
-                if symbols[head, channel, token] == ESCAPE and place < escapes.size:
-                    step = steps[token, head] if per_token else steps[head, channel]
-                    out[token, head, channel] = np.float32(escapes[place]) * step + means[head, channel]
-                    place += 1
+def quantise_span(y: np.ndarray, inverse: np.ndarray, shift: np.ndarray, q: np.ndarray) -> None:
+    """q ← nearest of y · inverse − shift, ties to even, −127 … 127. All [n]: float32, float32, float32, i8."""
+    magic = np.float32(12582912.0)  # 1.5 · 2²³: adding it leaves no place for a fraction
+    top = np.float32(REACH)
+    for i in range(y.size):
+        t = y[i] * inverse[i] - shift[i]
+        t = top if t > top else t
+        t = -top if t < -top else t
+        q[i] = np.int8(np.int32((t + magic) - magic))
+
+
+@kernel
+def quantise_scaled(y: np.ndarray, inverse: np.float32, q: np.ndarray) -> None:
+    """The same with one step and no mean."""
+    magic = np.float32(12582912.0)
+    top = np.float32(REACH)
+    for i in range(y.size):
+        t = y[i] * inverse
+        t = top if t > top else t
+        t = -top if t < -top else t
+        q[i] = np.int8(np.int32((t + magic) - magic))

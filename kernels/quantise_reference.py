@@ -1,59 +1,122 @@
-"""`quantise.py` in plain NumPy, written to be read. Slow; the tests compare the two bit for bit. Raises nothing."""
+"""`quantise.py` in plain NumPy, written to be read. Slow; the tests compare the two bit for bit. Raises nothing.
+
+NumPy's own sums add pairwise, which rounds otherwise: `in_order` adds one after another.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
-from lmcache_s3.kernels.quantise import MAX_QUANTISED, Quantised, bfloat16_values, code_steps, steps_of
-from lmcache_s3.kernels.rans_tables import ESCAPE, LARGEST
+from lmcache_s3.kernels.quantise import CODE_SHIFT, MIN_CODE, REACH, block_of
+
+MOST = 110.0
+
+
+class Quantised(NamedTuple):
+    """One row. q: i8 [token, head, channel]. codes: i8 [head, channel] (K) or [token, head] (V). means: [head, channel]
+    (K), None (V)."""
+
+    base: int
+    codes: np.ndarray
+    means: np.ndarray | None
+    q: np.ndarray
+
+
+def hadamard(y: np.ndarray) -> np.ndarray:
+    """Float32 [..., channel] → the same shape."""
+    block = block_of(y.shape[-1])
+    h = block // 2
+    y = y.astype(np.float32).reshape(-1, block)
+    while h:
+        pairs = y.reshape(-1, block // (2 * h), 2, h)
+        y = np.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), axis=2).reshape(-1, block)
+        h //= 2
+    return y
 
 
 def in_order(terms: np.ndarray) -> np.ndarray:
-    """Sum over the first axis, one after another: NumPy's own `sum` adds pairwise, which rounds otherwise."""
+    """Sum over the first axis, in float64."""
     total = np.zeros(terms.shape[1:], np.float64)
     for term in terms:
         total = total + term
     return total
 
 
-def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """float32 → bfloat16 bits, to nearest, ties to even; never to infinity."""
-    bits = values.view(np.uint32).astype(np.uint64)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    rounded = np.where(rounded & 0x7FFF == 0x7F80, rounded - 1, rounded)
-    return rounded.astype(np.uint16)
+def coefficients(values: np.ndarray) -> np.ndarray:
+    """Float32 [token, head, channel] → its scaled transform."""
+    return (hadamard(values).reshape(values.shape) * np.float32(1 / block_of(values.shape[-1]))).astype(np.float32)
 
 
-def quantise(values: np.ndarray, sixteenths: int, *, per_token: bool) -> Quantised:
-    """As `quantise.quantise`."""
-    tokens, heads, channels = values.shape
-    wide = values.astype(np.float64)
-    if per_token:
-        means = np.zeros((heads, channels), np.uint16)
-        deviations = np.sqrt(in_order(np.moveaxis(wide * wide, 2, 0)) / channels)
+def channel_steps(y: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, means), float64 [head, channel], wanted of K's coefficients [token, head, channel]."""
+    wide = y.astype(np.float64)
+    mean = in_order(wide) / len(y)
+    variance = in_order(wide * wide) / len(y) - mean * mean
+    if not np.isfinite(variance).all():
+        return np.full_like(mean, np.inf), mean
+    most = np.maximum(wide.max(axis=0) - mean, mean - wide.min(axis=0))
+    least = np.maximum(most, 2 * np.abs(mean)) / MOST
+    return np.maximum(step * np.sqrt(np.maximum(variance, 0)), least), mean
+
+
+def token_steps(y: np.ndarray, step: float) -> np.ndarray:
+    """Steps, float64 [token, head], wanted of V's coefficients."""
+    channels = y.shape[-1]
+    squares = np.moveaxis(y.astype(np.float64) ** 2, -1, 0)
+    s = [in_order(squares[i::8]) for i in range(8)]
+    total = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))
+    return np.asarray(max(step, np.sqrt(np.float64(channels)) / MOST) * np.sqrt(total / channels))
+
+
+def code_steps(steps: np.ndarray) -> tuple[int, np.ndarray] | None:
+    """(base, codes i8); None where a step is too large or not finite."""
+    if not (steps <= 2.0**90).all():
+        return None
+    bits = steps.astype(np.float32).view(np.uint32).astype(np.int64)
+    code = np.maximum((bits + (1 << (CODE_SHIFT - 1))) >> CODE_SHIFT, MIN_CODE)
+    base = max(int(code.sum()) // code.size, int(code.max()) - REACH)
+    return base, (np.maximum(code, base - REACH) - base).astype(np.int8)
+
+
+def steps_of(base: int, codes: np.ndarray) -> np.ndarray:
+    """Coded steps, float32."""
+    return ((codes.astype(np.int64) + base) << CODE_SHIFT).astype(np.uint32).view(np.float32)
+
+
+def quantise(values: np.ndarray, step: float, *, per_token: bool) -> Quantised | None:
+    """values: float32 [token, head, channel]; step: in standard deviations. None: not finite or too large."""
+    with np.errstate(all="ignore"):
+        y = coefficients(values)
+        means64 = None
+        if per_token:
+            wanted = token_steps(y, step)
+        else:
+            wanted, means64 = channel_steps(y, step)
+        coded = code_steps(wanted)
+        if coded is None:
+            return None
+        base, codes = coded
+        steps = steps_of(base, codes)
+        inverse = np.float32(1) / steps
+        if means64 is None:
+            return Quantised(base, codes, None, nearest(y * inverse[:, :, None]))
+        means = nearest(means64.astype(np.float32) / (np.float32(0.5) * steps))
+        return Quantised(base, codes, means, nearest(y * inverse - means.astype(np.float32) * np.float32(0.5)))
+
+
+def nearest(t: np.ndarray) -> np.ndarray:
+    """i8, ties to even, −127 … 127."""
+    return np.asarray(np.rint(np.clip(t, -REACH, REACH)).astype(np.int8))
+
+
+def dequantise(row: Quantised) -> np.ndarray:
+    """Float32 [token, head, channel]."""
+    steps = steps_of(row.base, row.codes)
+    q = row.q.astype(np.float32)
+    if row.means is None:
+        y = q * steps[:, :, None]
     else:
-        means = to_bfloat16((in_order(wide) / tokens).astype(np.float32))
-        centred = wide - bfloat16_values(means).astype(np.float64)
-        deviations = np.sqrt(in_order(centred * centred) / tokens)
-    base, codes = code_steps(deviations, sixteenths)
-    with np.errstate(over="ignore"):
-        q = np.rint((values - bfloat16_values(means)) / _broadcast(steps_of(base, codes), per_token))
-    q = np.transpose(np.clip(q, -MAX_QUANTISED, MAX_QUANTISED), (1, 2, 0)).astype(np.int32)
-    escaped = np.abs(q) > LARGEST
-    symbols = np.where(escaped, ESCAPE, q + LARGEST).astype(np.uint8)
-    return Quantised(symbols, q[escaped].astype(np.int16), means, base, codes)
-
-
-def dequantise(quantised: Quantised, *, per_token: bool) -> np.ndarray:
-    """As `quantise.dequantise`, into a new array."""
-    q = quantised.symbols.astype(np.int32) - LARGEST
-    q[quantised.symbols == ESCAPE] = quantised.escapes
-    steps = _broadcast(steps_of(quantised.base, quantised.codes), per_token)
-    with np.errstate(over="ignore"):
-        values = np.transpose(q, (2, 0, 1)).astype(np.float32) * steps + bfloat16_values(quantised.means)
-    return np.ascontiguousarray(values)
-
-
-def _broadcast(steps: np.ndarray, per_token: bool) -> np.ndarray:
-    """Steps against [token, head, channel]."""
-    return steps[:, :, None] if per_token else steps[None, :, :]
+        y = (q + row.means.astype(np.float32) * np.float32(0.5)) * steps
+    return hadamard(y).reshape(row.q.shape)

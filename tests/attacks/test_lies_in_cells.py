@@ -227,6 +227,9 @@ class TestSafetensors:
         refuse("safetensors", b"\x01")
 
 
+ROWS = SPEC.shape[0] * SPEC.shape[1]
+
+
 class TestCachegen:
     """The payload's fixed part: version, mode, first exact, dtype, words, escapes; then the sections."""
 
@@ -244,33 +247,38 @@ class TestCachegen:
             struct.pack_into("<I", honest, at, count)
             refuse("cachegen", bytes(honest))
 
+    def test_rows_that_do_not_add_up(self) -> None:
+        """A row's words or escapes taken from its neighbour, or from beyond the payload."""
+        honest = payload_of("cachegen")
+        for at in (12, 12 + 4 * ROWS):
+            for first, second in ((-1, 1), (2**31, -(2**31)), (1, 0), (2**32 - 1, 0)):
+                lying = bytearray(honest)
+                counts = struct.unpack_from("<II", honest, at)
+                struct.pack_into("<II", lying, at, *((c + d) % 2**32 for c, d in zip(counts, (first, second))))  # noqa: B905
+                refuse("cachegen", bytes(lying))
+
     def test_words_and_escapes_trade_places(self) -> None:
-        """Both have two bytes an item: the sizes add up, the stream does not."""
+        """A word is two escapes: the sizes add up, the stream does not."""
         honest = bytearray(payload_of("cachegen"))
         words, escapes = struct.unpack_from("<II", honest, 4)
-        struct.pack_into("<II", honest, 4, words - 1, escapes + 1)
-        refuse("cachegen", bytes(honest))
+        (first_words,), (first_escapes,) = (struct.unpack_from("<I", honest, at) for at in (12, 12 + 4 * ROWS))
+        struct.pack_into("<II", honest, 4, words - 1, escapes + 2)
+        struct.pack_into("<I", honest, 12, first_words - 1)
+        struct.pack_into("<I", honest, 12 + 4 * ROWS, first_escapes + 2)
+        assert "stream" in str(refuse("cachegen", bytes(honest)))
 
-    def test_steps_that_are_infinite_or_denormal(self) -> None:
+    def test_steps_that_are_out_of_range(self) -> None:
         honest = bytearray(payload_of("cachegen"))
-        for base in (0, 7, 0x7F7 - 254, 0x7F8, 0xFFFF):
-            struct.pack_into("<H", honest, 12, base)
+        for base in (0, 60, 0x7F8, 0xFFFF):
+            struct.pack_into("<H", honest, 12 + 8 * ROWS, base)
             assert "step" in str(refuse("cachegen", bytes(honest)))
 
-    def test_means_that_are_not_finite(self) -> None:
-        honest = bytearray(payload_of("cachegen"))
-        at = 12 + 2 * SPEC.shape[0] * SPEC.shape[1]
-        for mean in (0x7F80, 0xFF80, 0x7FC0, 0xFFFF):
-            struct.pack_into("<H", honest, at, mean)
-            assert "mean" in str(refuse("cachegen", bytes(honest)))
-
     def test_tables_there_are_not(self) -> None:
-        kv, layers, tokens, heads, channels = SPEC.shape
-        at = 12 + 2 * kv * layers + 3 * layers * heads * channels + (kv - 1) * layers * tokens * heads
-        for table in (32, 255):
-            honest = bytearray(payload_of("cachegen"))
-            honest[at] = table
-            refuse("cachegen", bytes(honest))
+        for place in range(3):
+            for table in (111, 255):
+                honest = bytearray(payload_of("cachegen"))
+                honest[12 + 10 * ROWS + place] = table
+                assert "table" in str(refuse("cachegen", bytes(honest)))
 
     def test_raw_cells_of_another_length(self) -> None:
         fixed = struct.pack("<BBBBII", 1, 0, 0, 1, 0, 0)
@@ -285,14 +293,20 @@ class TestCachegen:
 
     @pytest.mark.parametrize("kv_dtype", ["bfloat16", "float16", "float8_e4m3fn"])
     def test_numbers_that_overflow_stay_finite(self, kv_dtype: KVDtype) -> None:
-        """Largest steps, largest escapes, largest means: saturated, never infinite or NaN, no warning."""
+        """The largest steps there may be: saturated, never infinite or NaN, no warning."""
         spec = CellSpec((1, 1, 512, 1, 4), kv_dtype)
         cell = random_bits(spec.shape, kv_dtype, np.random.default_rng(0))
         lying = bytearray(CachegenCodec().encode(cell, spec, POSITION)[HEADER_BYTES:])
         assert lying[1] == 1
-        struct.pack_into("<H4H4B", lying, 12, 0x7F7 - 255, *[0x7F7F, 0xFF7F] * 2, *[255] * 4)
         out = np.empty_like(cell)
-        CachegenCodec().decode(wrap(bytes(lying), spec, POSITION), spec, None, out)
+        for base in range(868, 840, -1):
+            struct.pack_into("<H", lying, 12 + 8, base)
+            try:
+                CachegenCodec().decode(wrap(bytes(lying), spec, POSITION), spec, None, out)
+                break
+            except Unusable:
+                continue
+        assert base > 850
         values = to_float32(out, kv_dtype)
         assert np.isfinite(values).all()
-        assert values.max() == -values.min() == LARGEST[kv_dtype]
+        assert kv_dtype == "bfloat16" or values.max() == -values.min() == LARGEST[kv_dtype]

@@ -43,15 +43,6 @@ def test_coarser_levels_are_smaller_and_less_exact() -> None:
     assert sizes[2] < 2.2
 
 
-def test_deeper_layers_are_coarser() -> None:
-    one = random_bits((2, 1, *SPEC.shape[2:]), SPEC.kv_dtype, np.random.default_rng(0))
-    cell = np.ascontiguousarray(np.broadcast_to(one, SPEC.shape))
-    off = to_float32(round_trip(CachegenCodec(), cell, LATER), "bfloat16") - to_float32(cell, "bfloat16")
-    by_layer = (off**2).mean(axis=(0, 2, 3, 4))
-    assert (np.diff(by_layer[::2]) > 0).all()
-    assert by_layer[0] == by_layer[1]
-
-
 def test_the_prompts_first_token_is_exact_and_only_that() -> None:
     cell = random_bits(SPEC.shape, SPEC.kv_dtype, np.random.default_rng(1))
     first, later = round_trip(CachegenCodec(), cell, FIRST), round_trip(CachegenCodec(), cell, LATER)
@@ -87,16 +78,21 @@ def test_a_cell_that_would_not_shrink_is_kept() -> None:
     assert len(data) == CachegenCodec().max_encoded_bytes(spec) == HEADER_BYTES + 12 + raw_bytes(spec)
 
 
-def test_the_largest_values_stay_finite() -> None:
+def test_large_values_stay_finite() -> None:
     for kv_dtype in ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2"):
         spec = CellSpec((2, 3, 64, 1, 32), kv_dtype)
-        signs = np.random.default_rng(4).choice([-3e38, 3e38, 1e30, 0], spec.shape).astype(np.float32)
+        signs = np.random.default_rng(4).choice([-1e25, 1e25, 1e20, 0], spec.shape).astype(np.float32)
         cell = from_float32(signs, kv_dtype)
         data = CachegenCodec().encode(cell, spec, LATER)
         assert mode(data) == QUANTISED
         out = np.empty_like(cell)
         CachegenCodec().decode(data, spec, LATER, out)
         assert np.isfinite(to_float32(out, kv_dtype)).all()
+
+
+def test_values_too_large_to_transform_are_kept() -> None:
+    cell = from_float32(np.full(SPEC.shape, 3e38, np.float32), "bfloat16")
+    assert mode(CachegenCodec().encode(cell, SPEC, LATER)) == RAW
 
 
 def test_an_all_zero_cell_is_tiny_and_zero() -> None:
