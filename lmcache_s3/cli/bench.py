@@ -44,6 +44,15 @@ for _name, _help in BENCHMARKS.items():
 
 
 @app.command()
+def codecs(
+    json_path: JsonPath = None,
+    mutations: Annotated[int, typer.Option(min=1, help="Decode so many mutated cells, over all codecs.")] = 1_000_000,
+) -> None:
+    """What codecs save and cost on a real model's KV, beside zstd, blosc2 and pcodec."""
+    run("codecs", json_path=json_path, mutations=mutations)
+
+
+@app.command()
 def quality(
     json_path: JsonPath = None,
     model: Annotated[

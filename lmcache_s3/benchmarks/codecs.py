@@ -1,0 +1,227 @@
+"""`lmcache-s3 bench codecs`: what codecs save and cost, on SmolLM2's KV of our own documents; and mutated cells.
+
+Speeds are of one core, in bfloat16 bytes a second, the best of several runs over all cells. `lossless` stands beside
+zstd with byte shuffle, blosc2 and pcodec, each at the settings that serve it best, in the same run on the same cells.
+The read path of `fast` (XXH3-64 of the stored cell, then the copy to its place) is held against the copy alone.
+Then every decoder is given mutated cells, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from lmcache_s3.benchmarks.figures import Figure, report
+from lmcache_s3.benchmarks.steps import Steps
+from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
+from lmcache_s3.codecs.checksum import xxh3
+from lmcache_s3.codecs.registry import CODEC_IDS, make_codec
+from lmcache_s3.testing.fuzz import count_untyped
+from lmcache_s3.testing.real_kv import smollm2_kv
+
+CHUNK_TOKENS = 256
+MUTATIONS = 1_000_000
+_ROUNDS = 3
+_SHARE = 2000
+"""Mutations a task of the fuzzing processes takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A way to code cells: how many times smaller, and bfloat16 megabytes (10⁶) a second."""
+
+    name: str
+    ratio: float
+    encode_mbps: float
+    decode_mbps: float
+
+
+def main(json_path: Path | None = None, *, mutations: int = MUTATIONS, prompts: int = 4) -> bool:
+    """Run it, print the tables, write the JSON; whether every goal was met."""
+    steps = Steps()
+    with steps("computing SmolLM2's KV of our documents"):
+        kv = smollm2_kv(prompts)
+    cells = [np.ascontiguousarray(kv[:, :, t : t + CHUNK_TOKENS]) for t in range(0, kv.shape[2], CHUNK_TOKENS)]
+    with steps("coding it, here and by the peers"):
+        ours = _ours(make_codec("lossless"), cells)
+        peers = _peers(cells)
+        cachegen = _ours(make_codec("cachegen"), cells)
+    _print(steps, [ours, *peers, cachegen])
+    figures = _lossless(ours, peers) + _cachegen(cachegen)
+    figures.append(Figure("codec.fast_vs_memcpy", _fast_vs_memcpy(cells), "× speed of the copy", 0.6, "higher"))
+    with steps(f"decoding {mutations:,} mutated cells"):
+        figures.append(Figure("codec.fuzz_untyped", _fuzz(mutations), f"of {mutations:,}", 0, "lower"))
+    return report(figures, json_path)
+
+
+def _lossless(ours: Measured, peers: Sequence[Measured]) -> list[Figure]:
+    best = max(peer.ratio for peer in peers)
+    return [
+        Figure("codec.lossless_ratio", ours.ratio, "×", 1.52, "higher"),
+        Figure("codec.lossless_vs_best", ours.ratio / best, "× best peer's ratio", 1.03, "higher"),
+        Figure("codec.lossless_encode_mbps", ours.encode_mbps, "MB/s a core", None, "higher"),
+        Figure("codec.lossless_decode_mbps", ours.decode_mbps, "MB/s a core", None, "higher"),
+        Figure(
+            "codec.lossless_encode_vs_fastest",
+            ours.encode_mbps / max(peer.encode_mbps for peer in peers),
+            "× fastest peer",
+            1,
+            "higher",
+        ),
+        Figure(
+            "codec.lossless_decode_vs_fastest",
+            ours.decode_mbps / max(peer.decode_mbps for peer in peers),
+            "× fastest peer",
+            1,
+            "higher",
+        ),
+        *(
+            Figure(f"codec.{peer.name}_{what}", value, unit, None, "higher")
+            for peer in peers
+            for what, value, unit in (
+                ("ratio", peer.ratio, "×"),
+                ("encode_mbps", peer.encode_mbps, "MB/s a core"),
+                ("decode_mbps", peer.decode_mbps, "MB/s a core"),
+            )
+        ),
+    ]
+
+
+def _cachegen(measured: Measured) -> list[Figure]:
+    return [
+        Figure("codec.cachegen_ratio", measured.ratio, "×, default level", None, "higher"),
+        Figure("codec.cachegen_encode_mbps", measured.encode_mbps, "MB/s a core", 400, "higher"),
+        Figure("codec.cachegen_decode_mbps", measured.decode_mbps, "MB/s a core", 800, "higher"),
+    ]
+
+
+# ---- coding ----------------------------------------------------------------------------------------------------------
+
+
+def _ours(codec: KVCodec, cells: Sequence[np.ndarray]) -> Measured:
+    spec, out = CellSpec(cells[0].shape, "bfloat16"), np.empty_like(cells[0])
+    place = CellPosition(bytes(16), CHUNK_TOKENS, 0, 0)
+
+    def decode(data: bytes) -> np.ndarray:
+        codec.decode(data, spec, place, out)
+        return out
+
+    return _measure(codec.id, cells, lambda cell: codec.encode(cell, spec, place), decode, exact=codec.exact)
+
+
+def _peers(cells: Sequence[np.ndarray]) -> list[Measured]:
+    import blosc2
+    import numcodecs
+    from pcodec import ChunkConfig, standalone
+
+    shuffle, zstd, pco = numcodecs.Shuffle(2), numcodecs.Zstd(1), ChunkConfig(compression_level=8)
+    # Higher levels look for repeats that are not there, and come out larger; so does blosc2's bit shuffle.
+    blosc: dict[str, Any] = {"codec": blosc2.Codec.ZSTD, "clevel": 1, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
+    return [
+        _measure(
+            "zstd_shuffle",
+            cells,
+            lambda cell: bytes(zstd.encode(shuffle.encode(cell))),
+            lambda data: np.frombuffer(shuffle.decode(zstd.decode(data)), np.uint16),
+        ),
+        _measure(
+            "blosc2",
+            cells,
+            lambda cell: blosc2.compress2(cell, typesize=2, **blosc),
+            lambda data: np.frombuffer(blosc2.decompress2(data, nthreads=1), np.uint16),
+        ),
+        # As half floats: its order of numbers with a sign fits bfloat16 too, and beats unsigned integers.
+        _measure(
+            "pcodec",
+            cells,
+            lambda cell: standalone.simple_compress(cell.view(np.float16).reshape(-1), pco),
+            lambda data: np.asarray(standalone.simple_decompress(data)).view(np.uint16),
+        ),
+    ]
+
+
+def _measure(
+    name: str,
+    cells: Sequence[np.ndarray],
+    encode: Callable[[np.ndarray], bytes],
+    decode: Callable[[bytes], np.ndarray],
+    *,
+    exact: bool = True,
+) -> Measured:
+    stored = [encode(cell) for cell in cells]  # what is compiled or set up once is so now
+    for cell, data in zip(cells, stored, strict=True):
+        if decode(data).reshape(-1).tobytes() != cell.tobytes() and exact:
+            raise AssertionError(f"{name} is not exact")
+    raw = sum(cell.nbytes for cell in cells)
+    encode_s = min(_time_s(encode, cells) for _ in range(_ROUNDS))
+    decode_s = min(_time_s(decode, stored) for _ in range(_ROUNDS))
+    return Measured(name, raw / sum(map(len, stored)), raw / encode_s / 1e6, raw / decode_s / 1e6)
+
+
+def _time_s(action: Callable[[Any], object], things: Sequence[Any]) -> float:
+    start = time.perf_counter()
+    for thing in things:
+        action(thing)
+    return time.perf_counter() - start
+
+
+def _fast_vs_memcpy(cells: Sequence[np.ndarray]) -> float:
+    """Speed of the read path of `fast`, from stored bytes to their place, over that of the copy alone."""
+    codec, spec, place = make_codec("fast"), CellSpec(cells[0].shape, "bfloat16"), CellPosition(bytes(16), 0, 0, 0)
+    stored = [codec.encode(cell, spec, place) for cell in cells]
+    sums, targets = [xxh3(data) for data in stored], [np.zeros_like(cell) for cell in cells]
+
+    def copy(i: int) -> None:
+        np.copyto(targets[i], cells[i])
+
+    def read(i: int) -> None:
+        if xxh3(stored[i]) != sums[i]:
+            raise AssertionError("a checksum changed")
+        codec.decode(stored[i], spec, place, targets[i])
+
+    copied, was_read = math.inf, math.inf
+    for _ in range(15):
+        copied = min(copied, _time_s(copy, range(len(cells))))
+        was_read = min(was_read, _time_s(read, range(len(cells))))
+    return copied / was_read
+
+
+def _print(steps: Steps, measured: Sequence[Measured]) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("codec")
+    for name in ("ratio", "encode MB/s", "decode MB/s"):
+        table.add_column(name, justify="right")
+    for m in measured:
+        table.add_row(m.name, f"{m.ratio:.3f}", f"{m.encode_mbps:.0f}", f"{m.decode_mbps:.0f}")
+    steps.console.print(table)
+
+
+# ---- mutated cells ---------------------------------------------------------------------------------------------------
+
+
+def _fuzz(mutations: int) -> int:
+    """How many of so many mutated cells, shared evenly among codecs, raised something that is not ours.
+
+    A decoder that crashes breaks its process, and with it the benchmark.
+    """
+    each = -(-mutations // len(CODEC_IDS))
+    tasks = [(id, min(_SHARE, each - at), at) for id in CODEC_IDS for at in range(0, each, _SHARE)]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool:
+        return sum(pool.map(_task, tasks, repeat(1), chunksize=4))
+
+
+def _task(task: tuple[str, int, int], seed: int) -> int:
+    codec_id, rounds, at = task
+    return count_untyped(codec_id, rounds, seed + at)
