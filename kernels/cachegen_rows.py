@@ -54,6 +54,48 @@ class Rows(NamedTuple):
 
 
 @kernel
+def _values_per_token(q: np.ndarray, steps: np.ndarray, y: np.ndarray) -> None:
+    vectors = steps.size
+    channels = y.size // vectors
+    by_channel = y.reshape(channels, vectors)
+    by_vector = q[: vectors * channels].reshape(vectors, channels)
+    for j in range(channels):
+        for v in range(vectors):
+            by_channel[j, v] = np.float32(by_vector[v, j]) * steps[v]
+
+
+@kernel
+def _values_per_channel(
+    q: np.ndarray, halves: np.ndarray, steps: np.ndarray, first: int, vectors: int, y: np.ndarray
+) -> None:
+    """first: where the first vector's channels begin in `halves` and `steps`; the next vector's follow, cyclically."""
+    channels = y.size // vectors
+    by_channel = y.reshape(channels, vectors)
+    by_vector = q[: vectors * channels].reshape(vectors, channels)
+    for v in range(vectors):
+        half = halves[first : first + channels]
+        step = steps[first : first + channels]
+        for j in range(channels):
+            by_channel[j, v] = (np.float32(by_vector[v, j]) + half[j]) * step[j]
+        first = (first + channels) % halves.size
+
+
+@kernel
+def _round(bits: np.ndarray, rounded: np.ndarray) -> None:
+    """float32 → bfloat16, to nearest, ties to even."""
+    for i in range(bits.size):
+        x = bits[i]
+        rounded[i] = np.uint16((x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@kernel
+def _place(y: np.ndarray, vectors: int, v: int, out: np.ndarray) -> None:
+    by_channel = y.reshape(out.size, vectors)
+    for j in range(out.size):
+        out[j] = by_channel[j, v]
+
+
+@kernel
 def _decode_rows(
     rows: Rows,
     tables: Tables,
@@ -122,36 +164,42 @@ def _decode_rows(
             for group in range(0, n * heads, together):
                 vectors = min(together, n * heads - group)
                 y = space[: vectors * channels]
-                for v in range(vectors):
-                    q = buffer[(group + v) * channels : (group + v + 1) * channels]
-                    if per_token:
-                        step = steps[token * heads + group + v]
-                        for j in range(channels):
-                            y[j * vectors + v] = np.float32(q[j]) * step
-                    else:
-                        first = (group + v) % heads * channels
-                        for j in range(channels):
-                            y[j * vectors + v] = (np.float32(q[j]) + halves[first + j]) * steps[first + j]
+                if per_token:
+                    at = token * heads + group
+                    _values_per_token(buffer[group * channels :], steps[at : at + vectors], y)
+                else:
+                    _values_per_channel(
+                        buffer[group * channels :], halves, steps[:width], group % heads * channels, vectors, y
+                    )
                 hadamard(y, block, vectors)
                 bits = y.view(np.uint32)
                 if short:
-                    for i in range(bits.size):
-                        x = bits[i]
-                        rounded[i] = np.uint16(
-                            (x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                        )
+                    _round(bits, rounded[: bits.size])
                 for v in range(vectors):
-                    vector = group + v
-                    to = start + (token + vector // heads) * strides[2] + vector % heads * strides[3]
+                    vector = token * heads + group + v
+                    to = start + vector // heads * strides[2] + vector % heads * strides[3]
                     if short:
-                        for j in range(channels):
-                            flat[to + j] = rounded[j * vectors + v]
+                        _place(rounded[: bits.size], vectors, v, flat[to : to + channels])
                     else:
-                        for j in range(channels):
-                            flat[to + j] = bits[j * vectors + v]
+                        _place(bits, vectors, v, flat[to : to + channels])
         if place != end or escape_place != escape_end or not is_idle(states):
             return NOT_WHOLE
     return WHOLE
+
+
+@kernel
+def _take(bits: np.ndarray, left_shift: np.uint32, vectors: int, v: int, y: np.ndarray) -> None:
+    by_channel = y.reshape(bits.size, vectors)
+    for j in range(bits.size):
+        by_channel[j, v] = np.uint32(bits[j]) << left_shift
+
+
+@kernel
+def _turn(y: np.ndarray, scale: np.float32, out: np.ndarray) -> None:
+    by_channel = y.reshape(out.shape[1], out.shape[0])
+    for v in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[v, j] = by_channel[j, v] * scale
 
 
 @kernel
@@ -209,13 +257,10 @@ def _encode_rows(
             bits = part.view(np.uint32)
             for v in range(n_vectors):
                 vector = group + v
-                begin = start + (vector // heads) * strides[2] + vector % heads * strides[3]
-                for j in range(channels):
-                    bits[j * n_vectors + v] = np.uint32(flat[begin + j]) << left_shift
+                begin = start + vector // heads * strides[2] + vector % heads * strides[3]
+                _take(flat[begin : begin + channels], left_shift, n_vectors, v, bits)
             hadamard(part, block, n_vectors)
-            for v in range(n_vectors):
-                for j in range(channels):
-                    vectors[group + v, j] = part[j * n_vectors + v] * scale
+            _turn(part, scale, vectors[group : group + n_vectors])
         n_codes = tokens * heads if per_token else width
         if per_token:
             token_steps(vectors, wanted[row], steps)
