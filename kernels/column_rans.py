@@ -177,18 +177,26 @@ def _decode(
     end = np.uint64(words.size - LANES)
     whole = columns // LANES
     rest = columns - whole * LANES
+    shrunk = np.empty(LANES, np.uint32)
     for row in range(rows):
         line = out[row]
         column = np.uint64(0)
         for _ in range(whole):
             if at > end:
                 return -1
+            # In two loops, so that the look-ups of all lanes are under way before the first word is asked for.
             for i in range(LANES):
                 lane = np.uint64(i)
-                offset = np.uint64(offsets[column + lane])
-                x, at, symbol = _step(np.uint64(states[lane]), at, offset, words, tables)
-                states[lane] = np.uint32(x)
-                line[column + lane] = np.uint8(symbol)
+                x = np.uint64(states[lane])
+                slot = np.uint64(tables[np.uint64(offsets[column + lane]) + (x & _SLOT)])
+                shrunk[lane] = np.uint32((slot >> _FREQUENCY_AT) * (x >> _BITS) + ((slot >> _REST_AT) & _SLOT))
+                line[column + lane] = np.uint8(slot & _BYTE)
+            for i in range(LANES):
+                lane = np.uint64(i)
+                x = np.uint64(shrunk[lane])
+                refilled = (x << _WORD_BITS) | np.uint64(words[at])
+                states[lane] = np.uint32(refilled if x < _IDLE else x)
+                at += np.uint64(x < _IDLE)
             column += _STEP
         if at > end:
             return -1
