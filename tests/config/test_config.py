@@ -98,7 +98,7 @@ def test_environment_spells_null_size_and_mapping(monkeypatch: pytest.MonkeyPatc
         ({"url": URL, "codec": "fats"}, "codec: 'fats' is no codec; did you mean fast?"),
         (
             {"url": URL, "codec": "zzz"},
-            "codec: 'zzz' is no codec; there are fast, torch, safetensors, cachegen",
+            "codec: 'zzz' is no codec; there are fast, torch, safetensors, lossless, cachegen",
         ),
         (
             {"url": URL, "chunk_tokens": 0},
