@@ -91,7 +91,7 @@ def test_one_cache_stores_another_retrieves(url: str) -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", ITEM_BYTES)
-@pytest.mark.parametrize("codec", ["fast", "torch", "safetensors"])
+@pytest.mark.parametrize("codec", ["fast", "torch", "safetensors", "lossless"])
 def test_exact_codecs_and_dtypes_come_back_bit_for_bit(codec: str, kv_dtype: KVDtype) -> None:
     space = small_space(kv_dtype)
     tokens, kv = random_tokens(3 * N), random_kv(space, 3 * N)
@@ -125,7 +125,7 @@ def test_a_lossy_codec_has_spaces_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("head_groups", [1, 2, 4])
-@pytest.mark.parametrize("codec", ["fast", "torch", "safetensors"])
+@pytest.mark.parametrize("codec", ["fast", "torch", "safetensors", "lossless"])
 def test_plain_zarr_reads_what_the_cache_wrote(tmp_path: Path, codec: str, head_groups: int) -> None:
     tokens, kv = random_tokens(3 * N), random_kv(SPACE, 3 * N)
     with open_cache(str(tmp_path), codec=codec, head_groups=head_groups) as cache:

@@ -120,7 +120,7 @@ def test_a_thousand_trials(damage: Damage) -> None:
     trials(damage, 1_000)
 
 
-@pytest.mark.parametrize("codec", ["fast", "torch", "safetensors"])
+@pytest.mark.parametrize("codec", ["fast", "torch", "safetensors", "lossless"])
 @pytest.mark.parametrize("damage", [flip, truncate, swap, remove, replace_by_foreign], ids=lambda one: one.__name__)
 def test_damage_is_a_miss_and_the_entry_goes(damage: Damage, codec: str) -> None:
     trials(damage, 20, codec)
