@@ -1,9 +1,9 @@
 """Needles in a haystack: facts strewn over a long prompt, asked for behind its coded cache.
 
-Lines such as `The access code of the copper lantern is 4471.` stand between paragraphs of prose. Asked for one, the
-model is given the line up to `is`; the needle is found if it then says the code to the last digit. No model has to
-follow instructions for that, so small ones can do it. All questions share one prompt and its cache. Pure apart from the
-model.
+Lines such as `Remember this pair: copper lantern tiger.` stand between paragraphs of prose. Asked for one, the model is
+given the line up to `lantern`; the needle is found if, of all the answers in the prompt, it thinks the right one the
+likeliest. Small models can do that, which follow no instructions and cannot spell a long code back. Answers begin
+with different tokens, so that one step decides. All questions share one prompt and its cache. Pure but for the model.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ _OWNERS = (
 )  # fmt: skip
 
 
+_ANSWERS = (
+    "tiger", "orange", "window", "seven", "music", "river", "doctor", "summer", "paper", "king", "coffee", "stone",
+    "London", "purple", "engine", "bread", "winter", "school", "market", "flower", "green", "horse", "silver", "island",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Needle:
     """question: what stands before the answer. answer: with the space before it."""
@@ -37,18 +43,17 @@ class Needle:
 
 @dataclass(frozen=True, slots=True)
 class Haystack:
-    """A prompt of whole chunks and what can be asked of it, as token ids."""
+    """A prompt of whole chunks, as token ids. asked: (question's token ids, first token of its answer)."""
 
     prompt: list[int]
-    asked: tuple[tuple[list[int], list[int]], ...]
+    asked: tuple[tuple[list[int], int], ...]
 
 
 def needles(count: int, seed: int) -> list[Needle]:
-    """Different owners and codes; the same seed gives the same."""
+    """Different owners and answers; the same seed gives the same."""
     chance = random.Random(seed)
-    owners = chance.sample(_OWNERS, count)
-    codes = chance.sample(range(1000, 10_000), count)
-    return [Needle(f"The access code of the {owner} is", f" {code}") for owner, code in zip(owners, codes, strict=True)]
+    owners, answers = chance.sample(_OWNERS, count), chance.sample(_ANSWERS, count)
+    return [Needle(f"Remember this pair: {owner}", f" {word}") for owner, word in zip(owners, answers, strict=True)]
 
 
 def haystack(
@@ -56,14 +61,14 @@ def haystack(
 ) -> Haystack:
     """At most `length_tokens` tokens with the questions, `count` needles evenly apart in texts of `prose`."""
     length_tokens = min(length_tokens, model.max_tokens)
-    found = needles(count, seed)
+    strewn = needles(count, seed)
     questions = []
-    for needle in found:
-        question = _plain(model, f"\n\n{needle.question}")
-        questions.append((question, _plain(model, f"\n\n{needle.question}{needle.answer}")[len(question) :]))
-    room = max(len(question) + len(answer) for question, answer in questions)
+    for one in strewn:
+        question = _plain(model, f"\n\n{one.question}")
+        questions.append((question, _plain(model, f"\n\n{one.question}{one.answer}")[len(question)]))
+    room = max(len(question) for question, _ in questions)
     prompt_tokens = (length_tokens - room) // chunk_tokens * chunk_tokens
-    lines = [_plain(model, f"\n\n{needle.line}\n\n") for needle in found]
+    lines = [_plain(model, f"\n\n{one.line}\n\n") for one in strewn]
     hay_tokens = prompt_tokens - sum(map(len, lines))
     hay = list(itertools.islice(itertools.cycle(model.tokens("\n\n".join(prose))), hay_tokens))
     prompt: list[int] = []
@@ -77,10 +82,8 @@ def _plain(model: Model, text: str) -> list[int]:
     return [int(token) for token in model.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def found(primed: Primed, asked: Sequence[tuple[list[int], list[int]]]) -> int:
-    """How many answers the model gives in full, greedily."""
-    count = 0
-    for question, answer in asked:
-        said = primed.predict([*question, *answer[:-1]])[len(question) - 1 :].argmax(-1).tolist()
-        count += said == answer
-    return count
+def found(primed: Primed, asked: Sequence[tuple[list[int], int]]) -> int:
+    """How many questions get the right answer of all that are in the prompt."""
+    candidates = [answer for _, answer in asked]
+    best = [int(primed.predict(question)[-1, candidates].argmax()) for question, _ in asked]
+    return sum(candidates[choice] == answer for choice, (_, answer) in zip(best, asked, strict=True))
