@@ -19,6 +19,7 @@ from typing import TypeVar
 import numpy as np
 
 from lmcache_s3.errors import Invalid, Missing, Unusable
+from lmcache_s3.index.checkpoint_loading import load_checkpoint
 from lmcache_s3.index.delta import MAX_INTEGER, MAX_VERSION_BYTES, Delta, decode_delta
 from lmcache_s3.index.manifest import (
     EMPTY,
@@ -30,7 +31,7 @@ from lmcache_s3.index.manifest import (
     parse_checkpoint_key,
     segments_prefix,
 )
-from lmcache_s3.index.segments import MAX_INDEX_BYTES, decode_index, load_checkpoint
+from lmcache_s3.index.segments import MAX_INDEX_BYTES, decode_index
 from lmcache_s3.tiers.stores.base import ObjectStore
 
 _T = TypeVar("_T")

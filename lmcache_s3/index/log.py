@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lmcache_s3.errors import Bug, Conflict, Missing, Unavailable, Unusable
+from lmcache_s3.index.checkpoint_loading import load_checkpoint
 from lmcache_s3.index.manifest import (
     MAX_VERSION_BYTES,
     MILESTONE,
@@ -53,7 +54,6 @@ from lmcache_s3.index.segments import (
     Segment,
     decode_index,
     encode_checkpoint,
-    load_checkpoint,
 )
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.types import ExtentName, ExtentRecord, Outcome

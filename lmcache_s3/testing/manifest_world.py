@@ -13,6 +13,7 @@ from functools import lru_cache
 from lmcache_s3.errors import Missing
 from lmcache_s3.index import manifest
 from lmcache_s3.index.change import Change
+from lmcache_s3.index.checkpoint_loading import load_checkpoint
 from lmcache_s3.index.log import IDLE_POLLS_PER_FENCE
 from lmcache_s3.index.manifest import (
     EMPTY,
@@ -28,7 +29,7 @@ from lmcache_s3.index.manifest import (
     parse_checkpoint_key,
     segments_prefix,
 )
-from lmcache_s3.index.segments import Segment, decode_index, load_checkpoint
+from lmcache_s3.index.segments import Segment, decode_index
 from lmcache_s3.testing.manifest_process import AS_IT_IS, SPACE, SPACE_ID, ULID, Process, Rules, Violation
 from lmcache_s3.testing.manifest_roles import collector, object_keys
 from lmcache_s3.types import Buffer, ExtentName, ExtentRecord, ObjectInfo, Outcome, space_prefix

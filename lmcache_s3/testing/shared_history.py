@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 from unittest.mock import patch
 
+from lmcache_s3.index import checkpoint_loading, manifest, segments
 from lmcache_s3.index import log as log_module
-from lmcache_s3.index import manifest, segments
 from lmcache_s3.index.manifest import EMPTY, Delta, State
 from lmcache_s3.index.segments import CheckpointIndex, Segment
 from lmcache_s3.types import ExtentName
@@ -66,7 +66,7 @@ class SharedHistory:
         self._checkpointed: OrderedDict[int, State] = OrderedDict()
         self._loaded: OrderedDict[tuple[int, str], State] = OrderedDict()
         self._apply, self._decode = manifest.apply, manifest.decode_delta
-        self._encode_checkpoint, self._load_checkpoint = segments.encode_checkpoint, segments.load_checkpoint
+        self._encode_checkpoint, self._load_checkpoint = segments.encode_checkpoint, checkpoint_loading.load_checkpoint
 
     @contextmanager
     def sharing(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache_s3.errors import Unusable
-from lmcache_s3.index import segments
+from lmcache_s3.index import checkpoint_loading, segments
 from lmcache_s3.index.manifest import (
     EMPTY,
     NOBODY,
@@ -152,7 +152,7 @@ def test_checkpoint_round_trip(history: list[Delta], entries_per_shard: int) -> 
     state = state_of(history)
     files, index_bytes = segments.encode_checkpoint(state, "0" * 32, ULID, entries_per_shard=entries_per_shard)
     index = segments.decode_index(index_bytes, state.version, "0" * 32)
-    assert segments.decode_segments(index, files) == state
+    assert checkpoint_loading.decode_segments(index, files) == state
     assert len(files) == 2 * (
         1 << max(0, (sum(s.rows for s in index.segments[::2]) - 1) // entries_per_shard).bit_length()
     )
@@ -334,7 +334,7 @@ def test_damaged_checkpoints_are_unusable(data: st.DataObject) -> None:
             return
         raw = bytearray(files[other])
     with pytest.raises(Unusable):
-        segments.decode_segments(index, files | {file: bytes(raw)})
+        checkpoint_loading.decode_segments(index, files | {file: bytes(raw)})
 
 
 def _other_type(schema: Any) -> Any:
@@ -364,10 +364,10 @@ def test_parquet_that_is_valid_but_lies_is_unusable() -> None:
             pa.parquet.write_table(table, sink, store_schema=False)
             made[f"00000.{kind}.parquet"] = sink.getvalue().to_pybytes()
         lines = tuple(
-            Segment(name, len(data), segments._digest(data), (entries, extents)[i].num_rows)
+            Segment(name, len(data), segments.digest(data), (entries, extents)[i].num_rows)
             for i, (name, data) in enumerate(made.items())
         )
-        return segments.decode_segments(CheckpointIndex(1, "0" * 32, 0, None, ULID, lines), made)
+        return checkpoint_loading.decode_segments(CheckpointIndex(1, "0" * 32, 0, None, ULID, lines), made)
 
     def changed(table: Any, column: str, values: list[Any]) -> Any:
         i = table.schema.get_field_index(column)
