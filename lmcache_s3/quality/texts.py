@@ -2,13 +2,14 @@
 
 Held out, by kind:
 
-- `prose`: 4 essays written for this project, and 20 passages of Python's language reference (`pydoc_data`);
+- `prose`: 10 texts written for this project (memoir, reportage, a story, essays), and 14 passages of Python's language
+  reference (`pydoc_data`);
 - `code`: the middle of 4 modules of the standard library;
 - `languages`: short essays in German, French, Spanish and Chinese;
 - `chat`: 3 conversations of several turns.
 
-For calibration: the other topics of the reference, and other modules. What comes from the standard library changes a
-little between Python versions, so figures name the `digest` of the texts they were measured on.
+For calibration: three more texts, other topics of the reference, and other modules. What comes from the standard
+library changes a little between Python versions, so figures name the `digest` of the texts they were measured on.
 Pure apart from reading package data and the standard library's files. Raises `Invalid` where the latter are missing.
 """
 
@@ -27,13 +28,14 @@ from lmcache_s3.quality.model import Model
 KINDS = ("prose", "code", "languages", "chat")
 
 ESSAYS = ("observatory", "seed_bank", "seed_bank/2", "tide_mill")
-"""What the engines of `bench e2e` are asked about. `/2` is the second half of a text, here and below."""
+"""What the engines of `bench e2e` are asked about. `/2` is the second half of a text."""
+MORE_ESSAYS = ("against_summaries", "cable_ferry", "lichens", "mountain_rescue", "piano_tuner", "town_clock")
+CALIBRATION_ESSAYS = ("night_train", "rowing_letters", "salt")
 LANGUAGES = ("chinese", "french", "german", "spanish")
 CHATS = ("bicycle", "database", "moving")
 HELD_OUT_TOPICS = (
     "assignment", "calls", "comparisons", "compound", "debugger", "execmodel", "formatstrings", "function", "import",
-    "string-methods", "strings", "types", "typesmapping", "typesseq", "compound/2", "debugger/2", "formatstrings/2",
-    "string-methods/2", "types/2", "typesseq/2",
+    "string-methods", "strings", "types", "typesmapping", "typesseq",
 )  # fmt: skip
 CALIBRATION_TOPICS = ("specialnames", "identifiers", "objects", "async", "raise", "binary", "with", "subscriptions")
 HELD_OUT_MODULES = ("heapq", "statistics", "shlex", "tarfile")
@@ -61,6 +63,7 @@ class Document:
 def held_out(most: int | None = None) -> list[Document]:
     """The documents to measure on, at most so many of each kind; essays and technical prose take turns."""
     essays = [Document(name, "prose", _essay(name)) for name in ESSAYS]
+    essays += [Document(name, "prose", _bundled(f"essays/{name}")) for name in MORE_ESSAYS]
     topics = [Document(name, "prose", _topic(name)) for name in HELD_OUT_TOPICS]
     prose = [one for pair in zip(essays, topics, strict=False) for one in pair] + topics[len(essays) :]
     kinds = (
@@ -74,7 +77,8 @@ def held_out(most: int | None = None) -> list[Document]:
 
 def calibration() -> list[Document]:
     """Documents to calibrate codecs on; none of them, nor a part of one, is held out."""
-    prose = [piece for name in CALIBRATION_TOPICS for piece in _pieces(name, "prose", _topic(name))]
+    prose = [Document(name, "prose", _bundled(f"calibration/{name}")) for name in CALIBRATION_ESSAYS]
+    prose += [piece for name in CALIBRATION_TOPICS for piece in _pieces(name, "prose", _topic(name))]
     return prose + [piece for name in CALIBRATION_MODULES for piece in _pieces(name, "code", _module(name)[:28_000])]
 
 
@@ -101,8 +105,7 @@ def _topic(name: str) -> str:
         from pydoc_data.topics import topics
     except ModuleNotFoundError as error:
         raise Invalid("this Python lacks its pydoc_data: install the full standard library", kind="setting") from error
-    name, _, half = name.partition("/")
-    return _second_half(str(topics[name])) if half else str(topics[name])
+    return str(topics[name])
 
 
 def _module(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lmcache_s3.quality.texts import CHATS, KINDS, calibration, digest, held_out
+from lmcache_s3.quality.texts import CALIBRATION_ESSAYS, CHATS, KINDS, MORE_ESSAYS, calibration, digest, held_out
 
 
 def test_there_are_24_documents_of_prose_and_some_of_each_other_kind() -> None:
@@ -10,6 +10,7 @@ def test_there_are_24_documents_of_prose_and_some_of_each_other_kind() -> None:
     counts = {kind: sum(one.kind == kind for one in documents) for kind in KINDS}
     assert counts == {"prose": 24, "code": 4, "languages": 4, "chat": 3}
     assert len({(one.kind, one.name) for one in documents}) == len(documents)
+    assert {one.name for one in documents} >= set(MORE_ESSAYS)
     assert {one.kind for one in held_out(1)} == set(KINDS)
     assert len(held_out(1)) == len(KINDS)
 
@@ -28,6 +29,12 @@ def test_calibration_shares_no_passage_with_what_is_held_out() -> None:
         lines = [line.strip() for line in one.text[:6_000].splitlines() if len(line.strip()) > 40]
         shared = [line for line in lines if line in learnt]
         assert len(shared) <= 0.02 * len(lines), (one.name, shared[:3])
+
+
+def test_calibration_knows_prose_that_is_no_reference() -> None:
+    pieces = {one.name: one for one in calibration()}
+    assert pieces.keys() >= set(CALIBRATION_ESSAYS)
+    assert all(len(pieces[name].text) > 5_500 for name in CALIBRATION_ESSAYS)
 
 
 def test_conversations_take_turns() -> None:
