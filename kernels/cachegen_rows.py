@@ -27,6 +27,7 @@ from lmcache_s3.kernels.quantise import (
 )
 from lmcache_s3.kernels.rans import LANES, SPARE_WORDS, choose_table, decode_run, encode_run, is_idle
 from lmcache_s3.kernels.rans_tables import Tables, all_tables
+from lmcache_s3.kernels.strided import flat_view
 
 CODES, MEANS, VALUES = 0, 1, 2
 """A row's runs, in the stream's order; means are K's only."""
@@ -329,21 +330,6 @@ def room_for_rows(count: int, words: int, escapes: int) -> Rows:
     )
 
 
-def _flat(array: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """(all memory between the array's first and last element as a 1-D u16 or u32 array, strides in elements).
-
-    None where its channels do not lie side by side, or a stride is negative or no multiple of an element.
-    """
-    size = array.itemsize
-    strides = array.strides
-    if (array.shape[-1] > 1 and strides[-1] != size) or any(stride < 0 or stride % size for stride in strides):
-        return None
-    span = 1 + sum((length - 1) * stride // size for length, stride in zip(array.shape, strides, strict=True))
-    bits = array.view(np.uint32 if size == 4 else np.uint16)
-    flat = np.lib.stride_tricks.as_strided(bits, (span,), (size,))
-    return flat, np.array(strides[:4], np.int64) // size
-
-
 def encode(rows: Rows, wanted: np.ndarray, cell: np.ndarray) -> bool:
     """Encode a cell's coded tokens into `rows`, made by `room_for_rows`.
 
@@ -351,9 +337,9 @@ def encode(rows: Rows, wanted: np.ndarray, cell: np.ndarray) -> bool:
     any strides. wanted: float64 [row], steps in standard deviations. False: a value is not finite or too large to be
     transformed, or the words or escapes do not fit.
     """
-    layout = _flat(cell)
+    layout = flat_view(cell)
     if layout is None:
-        layout = _flat(np.ascontiguousarray(cell))
+        layout = flat_view(np.ascontiguousarray(cell))
         assert layout is not None
     block = block_of(cell.shape[4])
     shape = np.array(cell.shape[2:], np.int64)
@@ -367,9 +353,9 @@ def decode(rows: Rows, which: range, layers: int, out: np.ndarray) -> int:
     `which` is one row, [1, 1, token, head, channel] of that row alone. Never reads past the rows' words and escapes;
     the caller has checked that all tables are below `TABLES` and that ends do not decrease and lie within.
     """
-    layout = _flat(out)
+    layout = flat_view(out)
     target = out if layout is not None else np.empty(out.shape, out.dtype)
-    flat, strides = layout if layout is not None else _flat(target) or (target, target)
+    flat, strides = layout if layout is not None else flat_view(target) or (target, target)
     if out.shape[:2] == (1, 1):
         strides = strides * np.array([0, 0, 1, 1])
     block = block_of(out.shape[4])
