@@ -89,3 +89,9 @@ def unwrap(data: Buffer, spec: CellSpec, position: CellPosition | None, *, max_b
     if crc32c(payload, crc32c(view[: _FIELDS.size])) != stored:
         raise Unusable("cell's crc32c does not match", kind="checksum")
     return payload
+
+
+def said_position(data: Buffer) -> CellPosition:
+    """Where a cell that `unwrap` took says it lies."""
+    _, _, _, prefix_hash, token, layer, _, head, _, _ = _FIELDS.unpack_from(memoryview(data).cast("B"))
+    return CellPosition(prefix_hash, token, layer, head)

@@ -37,7 +37,7 @@ def _rebuild(cls: type[LMCacheS3Error], message: str, kind: str, key: str | None
 
 class Unusable(LMCacheS3Error):
     """Stored bytes that cannot be used: a miss. Kinds: missing, truncated, oversized, checksum, position, shape,
-    codec, header, format, payload."""
+    codec, header, format, payload, calibration."""
 
     default_kind = "unusable"
 
