@@ -112,26 +112,35 @@ class CachegenCodec(KVCodec):
 
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
         check_array(out, spec, what="out")
-        payload = unwrap(data, spec, position, max_bytes=self.max_encoded_bytes(spec))
-        if len(payload) < _FIXED.size:
-            raise Unusable("cachegen payload is shorter than its fixed part", kind="truncated")
-        version, mode, first_exact, dtype, words, escapes = _FIXED.unpack_from(payload)
-        if version != VERSION or mode not in (RAW, QUANTISED) or first_exact > 1:
-            raise Unusable(f"cachegen payload of version {version}, mode {mode}", kind="payload")
-        if dtype != _DTYPES[spec.kv_dtype]:
-            raise Unusable(f"cachegen payload of dtype {dtype}, wanted {spec.kv_dtype}", kind="shape")
-        body = payload[_FIXED.size :]
-        if mode == RAW:
-            if first_exact or words or escapes or len(body) != raw_bytes(spec):
-                raise Unusable(f"raw cachegen payload of {len(body)} bytes", kind="payload")
-            np.copyto(out, np.frombuffer(body, storage_dtype(spec)).reshape(spec.shape))
-            return
-        if spec.shape[2] <= first_exact:
-            raise Unusable("cachegen payload without a quantised token", kind="payload")
-        first, rows = _sections(body, spec, bool(first_exact), words, escapes)
-        _decode_rows(rows, spec, out[:, :, first_exact:])
-        if first_exact:
-            out[:, :, :1] = first
+        exact, rows = read_cell(data, spec, position)
+        n = exact.shape[2]
+        if rows is not None:
+            _decode_rows(rows, spec, out[:, :, n:])
+        out[:, :, :n] = exact
+
+
+def read_cell(data: Buffer, spec: CellSpec, position: CellPosition | None) -> tuple[np.ndarray, Rows | None]:
+    """(first tokens that are stored as they are, rows of the others) of a stored cell, after everything was checked.
+
+    The tokens: storage dtype, [kv, layer, token, head, channel], read-only; all of a raw cell's, which has no rows.
+    Whether streams are whole and steps in range shows only in decoding. Raises `Unusable`.
+    """
+    payload = unwrap(data, spec, position, max_bytes=HEADER_BYTES + _FIXED.size + raw_bytes(spec))
+    if len(payload) < _FIXED.size:
+        raise Unusable("cachegen payload is shorter than its fixed part", kind="truncated")
+    version, mode, first_exact, dtype, words, escapes = _FIXED.unpack_from(payload)
+    if version != VERSION or mode not in (RAW, QUANTISED) or first_exact > 1:
+        raise Unusable(f"cachegen payload of version {version}, mode {mode}", kind="payload")
+    if dtype != _DTYPES[spec.kv_dtype]:
+        raise Unusable(f"cachegen payload of dtype {dtype}, wanted {spec.kv_dtype}", kind="shape")
+    body = payload[_FIXED.size :]
+    if mode == RAW:
+        if first_exact or words or escapes or len(body) != raw_bytes(spec):
+            raise Unusable(f"raw cachegen payload of {len(body)} bytes", kind="payload")
+        return np.frombuffer(body, storage_dtype(spec)).reshape(spec.shape), None
+    if spec.shape[2] <= first_exact:
+        raise Unusable("cachegen payload without a quantised token", kind="payload")
+    return _sections(body, spec, bool(first_exact), words, escapes)
 
 
 def _sections(body: memoryview, spec: CellSpec, first_exact: bool, words: int, escapes: int) -> tuple[np.ndarray, Rows]:
