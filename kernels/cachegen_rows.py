@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmcache_s3.kernels import cachegen_tiles_scalar, cachegen_tiles_wide
 from lmcache_s3.kernels.jit import kernel
 from lmcache_s3.kernels.quantise import (
     block_of,
@@ -20,14 +21,14 @@ from lmcache_s3.kernels.quantise import (
     code_means,
     code_steps,
     decode_steps,
-    hadamard,
     quantise_scaled,
     quantise_span,
     token_steps,
 )
-from lmcache_s3.kernels.rans import LANES, SPARE_WORDS, choose_table, decode_run, encode_run, is_idle
+from lmcache_s3.kernels.rans import LANES, SPARE_WORDS, choose_table, decode_run, encode_values, is_idle
 from lmcache_s3.kernels.rans_tables import Tables, all_tables
 from lmcache_s3.kernels.strided import flat_view
+from lmcache_s3.kernels.vectors import WIDE
 
 CODES, MEANS, VALUES = 0, 1, 2
 """A row's runs, in the stream's order; means are K's only."""
@@ -35,6 +36,9 @@ WHOLE, NOT_WHOLE, STEP_OUT_OF_RANGE = 0, 1, 2
 _TILE_VALUES = 4096
 _SAMPLED = 4
 """One token in so many is counted when a table is chosen."""
+_tiles = cachegen_tiles_wide if WIDE else cachegen_tiles_scalar
+restore = _tiles.restore
+coefficients = _tiles.coefficients
 
 
 class Rows(NamedTuple):
@@ -52,48 +56,6 @@ class Rows(NamedTuple):
     escape_ends: np.ndarray
     words: np.ndarray
     escapes: np.ndarray
-
-
-@kernel
-def _values_per_token(q: np.ndarray, steps: np.ndarray, y: np.ndarray) -> None:
-    vectors = steps.size
-    channels = y.size // vectors
-    by_channel = y.reshape(channels, vectors)
-    by_vector = q[: vectors * channels].reshape(vectors, channels)
-    for j in range(channels):
-        for v in range(vectors):
-            by_channel[j, v] = np.float32(by_vector[v, j]) * steps[v]
-
-
-@kernel
-def _values_per_channel(
-    q: np.ndarray, halves: np.ndarray, steps: np.ndarray, first: int, vectors: int, y: np.ndarray
-) -> None:
-    """first: where the first vector's channels begin in `halves` and `steps`; the next vector's follow, cyclically."""
-    channels = y.size // vectors
-    by_channel = y.reshape(channels, vectors)
-    by_vector = q[: vectors * channels].reshape(vectors, channels)
-    for v in range(vectors):
-        half = halves[first : first + channels]
-        step = steps[first : first + channels]
-        for j in range(channels):
-            by_channel[j, v] = (np.float32(by_vector[v, j]) + half[j]) * step[j]
-        first = (first + channels) % halves.size
-
-
-@kernel
-def _round(bits: np.ndarray, rounded: np.ndarray) -> None:
-    """float32 → bfloat16, to nearest, ties to even."""
-    for i in range(bits.size):
-        x = bits[i]
-        rounded[i] = np.uint16((x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
-
-
-@kernel
-def _place(y: np.ndarray, vectors: int, v: int, out: np.ndarray) -> None:
-    by_channel = y.reshape(out.size, vectors)
-    for j in range(out.size):
-        out[j] = by_channel[j, v]
 
 
 @kernel
@@ -125,7 +87,6 @@ def _decode_rows(
     together = max(4, _TILE_VALUES // channels)
     space = np.empty(together * channels, np.float32)
     rounded = np.empty(together * channels, np.uint16)
-    short = flat.itemsize == 2
     for row in range(first_row, last_row):
         per_token = row >= layers
         states = rows.states[row].copy()
@@ -164,43 +125,13 @@ def _decode_rows(
             symbols += n * width // 2 if pairs else n * width
             for group in range(0, n * heads, together):
                 vectors = min(together, n * heads - group)
-                y = space[: vectors * channels]
-                if per_token:
-                    at = token * heads + group
-                    _values_per_token(buffer[group * channels :], steps[at : at + vectors], y)
-                else:
-                    _values_per_channel(
-                        buffer[group * channels :], halves, steps[:width], group % heads * channels, vectors, y
-                    )
-                hadamard(y, block, vectors)
-                bits = y.view(np.uint32)
-                if short:
-                    _round(bits, rounded[: bits.size])
-                for v in range(vectors):
-                    vector = token * heads + group + v
-                    to = start + vector // heads * strides[2] + vector % heads * strides[3]
-                    if short:
-                        _place(rounded[: bits.size], vectors, v, flat[to : to + channels])
-                    else:
-                        _place(bits, vectors, v, flat[to : to + channels])
+                restore(
+                    buffer[group * channels :], token * heads + group, vectors, heads, channels, block, per_token,
+                    steps, halves, space, rounded, flat, start, strides,
+                )  # fmt: skip
         if place != end or escape_place != escape_end or not is_idle(states):
             return NOT_WHOLE
     return WHOLE
-
-
-@kernel
-def _take(bits: np.ndarray, left_shift: np.uint32, vectors: int, v: int, y: np.ndarray) -> None:
-    by_channel = y.reshape(bits.size, vectors)
-    for j in range(bits.size):
-        by_channel[j, v] = np.uint32(bits[j]) << left_shift
-
-
-@kernel
-def _turn(y: np.ndarray, scale: np.float32, out: np.ndarray) -> None:
-    by_channel = y.reshape(out.shape[1], out.shape[0])
-    for v in range(out.shape[0]):
-        for j in range(out.shape[1]):
-            out[v, j] = by_channel[j, v] * scale
 
 
 @kernel
@@ -230,7 +161,6 @@ def _encode_rows(
     width = heads * channels
     count = tokens * width
     n_most = max(width, tokens * heads)
-    scale = np.float32(1.0 / block)
     y = np.empty((tokens, width), np.float32)
     vectors = y.reshape(tokens * heads, channels)
     q = np.empty(count, np.int8)
@@ -246,22 +176,13 @@ def _encode_rows(
     together = max(4, _TILE_VALUES // channels)
     space = np.empty(together * channels, np.float32)
     counted = np.empty(128, np.int64)
-    left_shift = np.uint32(16 if flat.itemsize == 2 else 0)
     rows.word_ends[0] = 0
     rows.escape_ends[0] = 0
     for row in range(rows.bases.size):
         per_token = row >= layers
         start = (row // layers) * strides[0] + (row % layers) * strides[1]
         for group in range(0, tokens * heads, together):
-            n_vectors = min(together, tokens * heads - group)
-            part = space[: n_vectors * channels]
-            bits = part.view(np.uint32)
-            for v in range(n_vectors):
-                vector = group + v
-                begin = start + vector // heads * strides[2] + vector % heads * strides[3]
-                _take(flat[begin : begin + channels], left_shift, n_vectors, v, bits)
-            hadamard(part, block, n_vectors)
-            _turn(part, scale, vectors[group : group + n_vectors])
+            coefficients(flat, start, strides, heads, block, group, vectors[group : group + together], space)
         n_codes = tokens * heads if per_token else width
         if per_token:
             token_steps(vectors, wanted[row], steps)
@@ -300,10 +221,7 @@ def _encode_rows(
                 _histogram(these, n, counted)
             t = choose_table(counted, tables.costs)
             rows.chosen[row, run] = t
-            place, escape_place = encode_run(
-                these, n, tables.symbols[t], tables.frequencies[t], tables.starts[t], tables.reciprocals[t],
-                tables.pairs[t], states, words, place, escapes, escape_place,
-            )  # fmt: skip
+            place, escape_place = encode_values(these, n, tables, t, states, words, place, escapes, escape_place)
         n_words = words.size - place
         n_escapes = escapes.size - escape_place
         at = rows.word_ends[row]

@@ -123,7 +123,8 @@ class Tables(NamedTuple):
     slots: u32 [table, 4096], symbol << 24 | frequency << 12 | slot − start. values: u16 [table, 256], the symbol's
     values as two i8, the first in the low byte. pairs: bool [table]. symbols: u8 [table, 33 · 33], symbol of the
     pair at (a + 16) · 33 + b + 16, or of the value at a + 128; 0 where there is none. frequencies, starts:
-    u32 [table, 256]. reciprocals: u64 [table, 256], ⌈2⁴⁴ ÷ frequency⌉. costs: u32 [table, 128], `costs_of`.
+    u32 [table, 256]. reciprocals: u64 [table, 256], ⌈2⁴⁴ ÷ frequency⌉. entries: u32 [table, 33 · 33 + 1], as `symbols`,
+    escape << 31 | start << 12 | frequency, the last one an escape. costs: u32 [table, 128], `costs_of`.
     """
 
     slots: np.ndarray
@@ -133,6 +134,7 @@ class Tables(NamedTuple):
     frequencies: np.ndarray
     starts: np.ndarray
     reciprocals: np.ndarray
+    entries: np.ndarray
     costs: np.ndarray
 
 
@@ -143,6 +145,7 @@ def all_tables() -> Tables:
     symbols = np.zeros((TABLES, _SIDE * _SIDE), np.uint8)
     frequencies = np.ones((TABLES, 256), np.uint32)
     starts = np.zeros((TABLES, 256), np.uint32)
+    entries = np.empty((TABLES, _SIDE * _SIDE + 1), np.uint32)
     costs = np.empty((TABLES, REACH + 1), np.uint32)
     for table in range(TABLES):
         of, frequency = symbols_of(table)
@@ -155,6 +158,9 @@ def all_tables() -> Tables:
             values[table, symbol, : len(these)] = these
             place = (these[0] + PAIR_REACH) * _SIDE + these[1] + PAIR_REACH if len(these) == 2 else these[0] + 128
             symbols[table, place] = symbol
+        packed = starts[table].astype(np.int64) << PRECISION_BITS | frequencies[table]
+        packed[ESCAPE] |= 1 << 31
+        entries[table] = packed[np.append(symbols[table], np.uint8(ESCAPE))]
         costs[table] = costs_of(table, frequency[ESCAPE])
     made = Tables(
         slots,
@@ -164,6 +170,7 @@ def all_tables() -> Tables:
         frequencies,
         starts,
         -(-(1 << 44) // frequencies.astype(np.int64)).astype(np.int64).view(np.uint64),
+        entries,
         costs,
     )
     for array in made:
