@@ -1,0 +1,85 @@
+"""Stored `cachegen` cells to and from a device's memory: what a GPU decodes crosses the bus in coded form.
+
+A cell's header, checksum and sections are checked on the host, as `CachegenCodec` does; rows are coded and decoded on
+the device by `kernels/device_cachegen.py`. The same bytes and bits as on a CPU. Blocks until the device is done.
+Raises `Bug` for arguments that do not fit each other; a cell that cannot be used is an outcome, not an exception.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+from lmcache_s3.codecs.base import CellPosition, CellSpec
+from lmcache_s3.codecs.cachegen import read_cell
+from lmcache_s3.errors import Bug, Unusable
+from lmcache_s3.kernels import device_cachegen
+from lmcache_s3.kernels.cachegen_rows import STEP_OUT_OF_RANGE, WHOLE, Rows
+from lmcache_s3.kernels.device_cachegen import Places
+from lmcache_s3.types import Buffer
+
+_BATCH_VALUES = 1 << 30
+"""Values decoded at a time: a byte of scratch each."""
+
+
+def decode_cachegen(
+    cells: Sequence[Buffer], spec: CellSpec, positions: Sequence[CellPosition | None], places: Places
+) -> list[Unusable | None]:
+    """Decode stored cells of one shape into device memory, all rows of a batch at once; what became of each.
+
+    positions: as in `KVCodec.decode`. places: of as many cells; elements are as wide as the kv dtype's. A cell that
+    came out `Unusable` has undefined values in its own places; memory elsewhere is not touched.
+    """
+    if not len(cells) == len(positions) == places.cells:
+        raise Bug(f"{len(cells)} cells, {len(positions)} positions, {places.cells} places", kind="shape")
+    outcomes: list[Unusable | None] = [None] * len(cells)
+    batch = max(1, _BATCH_VALUES // math.prod(spec.shape))
+    with on(places.addresses.device):
+        for first in range(0, len(cells), batch):
+            which = range(first, min(first + batch, len(cells)))
+            _decode_batch({i: (cells[i], positions[i]) for i in which}, spec, places, outcomes)
+    return outcomes
+
+
+def _decode_batch(
+    cells: dict[int, tuple[Buffer, CellPosition | None]],
+    spec: CellSpec,
+    places: Places,
+    outcomes: list[Unusable | None],
+) -> None:
+    coded: dict[int, tuple[Rows, bool]] = {}
+    for i, (data, position) in cells.items():
+        try:
+            exact, rows = read_cell(data, spec, position)
+        except Unusable as e:
+            outcomes[i] = e
+            continue
+        if rows is not None:
+            coded[i] = (rows, bool(exact.shape[2]))
+        if exact.size:
+            _place(exact, places, i)
+    if not coded:
+        return
+    device = places.addresses.device
+    batch = device_cachegen.upload([r for r, _ in coded.values()], [e for _, e in coded.values()], spec.shape, device)
+    status = device_cachegen.decode(batch, places.of(list(coded)), spec.kv_dtype).cpu().numpy()
+    for i, of_cell in zip(coded, status.reshape(len(coded), -1), strict=True):
+        if (of_cell == STEP_OUT_OF_RANGE).any():
+            outcomes[i] = Unusable("cachegen: a step out of range", kind="payload")
+        elif (of_cell != WHOLE).any():
+            outcomes[i] = Unusable("cachegen: a row's stream is not whole", kind="payload")
+
+
+def _place(exact: np.ndarray, places: Places, cell: int) -> None:
+    kv, layers, tokens, heads, channels = exact.shape
+    bits = np.array(exact, order="C").view(f"u{exact.itemsize}").reshape(kv * layers, tokens, heads, channels)
+    device_cachegen.place(torch.from_numpy(bits).to(places.addresses.device), places, cell, 0)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """While within, work is queued on this device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

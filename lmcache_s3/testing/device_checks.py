@@ -1,0 +1,158 @@
+"""Checks of the GPU kernels against the CPU's, bit for bit: on a GPU, or in Triton's interpreter on a CPU.
+
+The interpreter wants TRITON_INTERPRET=1 in the environment before Triton is first imported, so tests run these in
+processes of their own; `lmcache-s3 bench gpu` runs them on the GPU before it measures anything. Each raises
+`AssertionError`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lmcache_s3.codecs.base import CellPosition, CellSpec
+from lmcache_s3.codecs.cachegen import CachegenCodec, read_cell
+from lmcache_s3.codecs.device import decode_cachegen
+from lmcache_s3.codecs.dtypes import from_float32
+from lmcache_s3.codecs.header import HEADER_BYTES, wrap
+from lmcache_s3.errors import Unusable
+from lmcache_s3.kernels.device_cachegen import Places
+from lmcache_s3.kernels.paged import PlaneMap
+from lmcache_s3.types import STORAGE_DTYPE, KVDtype
+
+Shape = tuple[int, int, int, int, int]
+_UNTOUCHED = 0xA5
+"""What memory holds before; what is still there afterwards was not written."""
+
+
+def some_cell(spec: CellSpec, seed: int, exponent: int = 0) -> np.ndarray:
+    """Storage dtype, the spec's shape: heavy tails, an offset and a scale for each channel, all times 2^exponent."""
+    rng = np.random.default_rng(seed)
+    scale = np.exp(rng.standard_normal((*spec.shape[:2], 1, *spec.shape[3:])))
+    values = rng.standard_t(4, spec.shape) * scale + rng.standard_normal(scale.shape)
+    return from_float32(np.asarray(values * 2.0**exponent, np.float32), spec.kv_dtype)
+
+
+def position_of(cell: int) -> CellPosition:
+    """Every other cell begins a prompt, and so keeps its first token exact."""
+    return CellPosition(bytes(16), cell % 2, 0, 0)
+
+
+def memory(shape: tuple[int, ...], kv_dtype: KVDtype, device: torch.device) -> torch.Tensor:
+    """Unsigned integers as wide as the kv dtype's, all of them marked as untouched."""
+    item = np.dtype(STORAGE_DTYPE[kv_dtype]).itemsize
+    return torch.from_numpy(np.full((*shape, item), _UNTOUCHED, np.uint8).view(f"u{item}")[..., 0]).to(device)
+
+
+def host(tensor: torch.Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.cpu().numpy()
+    return array
+
+
+def decoded_on_cpu(cells: list[bytes], spec: CellSpec) -> np.ndarray:
+    """Bits as `memory` holds them, [cell, kv, layer, token, head, channel]."""
+    out = np.empty((len(cells), *spec.shape), STORAGE_DTYPE[spec.kv_dtype])
+    for i, data in enumerate(cells):
+        CachegenCodec().decode(data, spec, None, out[i])
+    return out.view(f"u{out.itemsize}")
+
+
+def stored_cells(spec: CellSpec, level: str, count: int, seed: int, exponent: int = 0) -> list[bytes]:
+    codec = CachegenCodec(level)
+    cells = [codec.encode(some_cell(spec, seed + i, exponent), spec, position_of(i)) for i in range(count)]
+    assert all(read_cell(data, spec, None)[1] is not None for data in cells), f"{spec}: stored raw, nothing to check"
+    return cells
+
+
+def check_decode_dense(
+    device: torch.device,
+    shape: Shape,
+    kv_dtype: KVDtype = "bfloat16",
+    *,
+    level: str = "medium",
+    cells: int = 2,
+    exponent: int = 0,
+) -> None:
+    """Into an array whose axes lie in another order, with gaps: the CPU's bits, and nothing in the gaps."""
+    spec = CellSpec(shape, kv_dtype)
+    stored = stored_cells(spec, level, cells, seed=1, exponent=exponent)
+    kv, layers, tokens, heads, channels = shape
+    whole = memory((layers, cells, heads, tokens, kv, channels + 3), kv_dtype, device)
+    out = whole[..., :channels].permute(1, 4, 0, 3, 2, 5)
+    outcomes = decode_cachegen(stored, spec, [position_of(i) for i in range(cells)], Places.dense(out))
+    assert outcomes == [None] * cells, outcomes
+    assert np.array_equal(host(out), decoded_on_cpu(stored, spec)), f"{spec}, {level}: other bits than the CPU's"
+    assert (host(whole[..., channels:]).view(np.uint8) == _UNTOUCHED).all(), "written between the rows"
+
+
+def check_decode_raw(device: torch.device, kv_dtype: KVDtype) -> None:
+    """Cells that were stored raw (here for a NaN) beside coded ones."""
+    spec = CellSpec((2, 1, 24, 2, 16), kv_dtype)
+    broken = some_cell(spec, 1)
+    broken.view(f"u{broken.itemsize}")[0, 0, 2, 0, 3] = (1 << (8 * broken.itemsize - 1)) - 1
+    codec = CachegenCodec("coarse")
+    stored = [codec.encode(broken, spec, position_of(0)), *stored_cells(spec, "coarse", 1, seed=2)]
+    out = memory((2, *spec.shape), kv_dtype, device)
+    assert decode_cachegen(stored, spec, [None, None], Places.dense(out)) == [None, None]
+    assert np.array_equal(host(out), decoded_on_cpu(stored, spec))
+
+
+def check_decode_paged(device: torch.device, *, transposed: bool) -> None:
+    """Into an engine's blocks, some heads of them; `transposed`: K lies channel by channel inside a block."""
+    kv, layers, slots, heads, channels, first_head = 2, 2, 4, 2, 16, 1
+    spec = CellSpec((kv, layers, 2 * slots, heads, channels), "bfloat16")
+    blocks = np.array([[5, 2], [0, 3]])
+    plane = PlaneMap.standard(kv, slots, channels)
+    if transposed:
+        index = plane.index.copy()
+        index[0] = np.arange(slots * channels).reshape(channels, slots).T
+        index[1] = slots * channels + np.arange(slots * channels).reshape(slots, channels)
+        plane = PlaneMap(index)
+    shape = (7, heads + first_head, slots, kv * channels)
+    views = [memory(shape, "bfloat16", device) for _ in range(layers)]
+    stored = stored_cells(spec, "medium", len(blocks), seed=5)
+    places = Places.paged(views, blocks, plane, range(first_head, first_head + heads))
+    assert places is not None
+    assert decode_cachegen(stored, spec, [None, None], places) == [None, None]
+    cells = decoded_on_cpu(stored, spec)
+    for layer, view in enumerate(views):
+        wanted = host(memory(shape, "bfloat16", device)).reshape(*shape[:2], -1)
+        for (cell, b), block in np.ndenumerate(blocks):
+            for head in range(heads):
+                values = cells[cell, :, layer, b * slots : (b + 1) * slots, head]
+                wanted[block, first_head + head, plane.index.reshape(-1)] = values.reshape(-1)
+        assert np.array_equal(host(view).reshape(wanted.shape), wanted), f"layer {layer}: other bits than the CPU's"
+
+
+def check_damage(device: torch.device, mutations: int, seed: int = 0) -> None:
+    """Cells of which a byte or a length is wrong behind a right checksum: the CPU's verdict, the CPU's bits, no more.
+
+    Cells lie between untouched memory; whole ones decode beside broken ones.
+    """
+    rng = np.random.default_rng(seed)
+    spec = CellSpec((2, 1, 8, 2, 16), "bfloat16")
+    whole = stored_cells(spec, "fine", 2, seed=9)
+    cells: list[bytes] = []
+    for _ in range(mutations):
+        payload = bytearray(whole[int(rng.integers(2))][HEADER_BYTES:])
+        for _ in range(int(rng.integers(1, 4))):
+            payload[int(rng.integers(4, len(payload)))] = int(rng.integers(256))
+        cells.append(wrap(bytes(payload), spec, position_of(0)))
+    cells += whole
+    padded = memory((len(cells), 3, *spec.shape), spec.kv_dtype, device)
+    outcomes = decode_cachegen(cells, spec, [None] * len(cells), Places.dense(padded[:, 1]))
+    assert (host(padded[:, ::2]).view(np.uint8) == _UNTOUCHED).all(), "written outside a cell"
+    assert outcomes[-2:] == [None, None]
+    for i, (data, outcome) in enumerate(zip(cells, outcomes, strict=True)):
+        wanted = _usable_on_cpu(data, spec)
+        assert (outcome is None) == (wanted is not None), f"cell {i}: {outcome or 'usable'}, but not so on the CPU"
+        if wanted is not None:
+            assert np.array_equal(host(padded[i, 1]), wanted), f"cell {i}: other bits than the CPU's"
+
+
+def _usable_on_cpu(data: bytes, spec: CellSpec) -> np.ndarray | None:
+    try:
+        bits: np.ndarray = decoded_on_cpu([data], spec)[0]
+    except Unusable:
+        return None
+    return bits
