@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmcache_s3.kernels import cachegen_tiles_scalar, cachegen_tiles_wide
+from lmcache_s3.kernels import cachegen_tiles_scalar, cachegen_tiles_wide, quantise, quantise_wide
 from lmcache_s3.kernels.jit import kernel
 from lmcache_s3.kernels.quantise import (
     block_of,
@@ -23,9 +23,16 @@ from lmcache_s3.kernels.quantise import (
     decode_steps,
     quantise_scaled,
     quantise_span,
-    token_steps,
 )
-from lmcache_s3.kernels.rans import LANES, SPARE_WORDS, choose_table, decode_run, encode_values, is_idle
+from lmcache_s3.kernels.rans import (
+    LANES,
+    SPARE_WORDS,
+    choose_table,
+    count_magnitudes,
+    decode_run,
+    encode_values,
+    is_idle,
+)
 from lmcache_s3.kernels.rans_tables import Tables, all_tables
 from lmcache_s3.kernels.strided import flat_view
 from lmcache_s3.kernels.vectors import WIDE
@@ -39,6 +46,7 @@ _SAMPLED = 4
 _tiles = cachegen_tiles_wide if WIDE else cachegen_tiles_scalar
 restore = _tiles.restore
 coefficients = _tiles.coefficients
+token_steps = quantise_wide.token_steps if WIDE else quantise.token_steps
 
 
 class Rows(NamedTuple):
@@ -135,12 +143,6 @@ def _decode_rows(
 
 
 @kernel
-def _histogram(q: np.ndarray, count: int, counted: np.ndarray) -> None:
-    for i in range(count):
-        counted[abs(np.int64(q[i]))] += 1
-
-
-@kernel
 def _encode_rows(
     rows: Rows,
     tables: Tables,
@@ -216,9 +218,9 @@ def _encode_rows(
             counted[:] = 0
             if run == VALUES:
                 for token in range(0, tokens, _SAMPLED):
-                    _histogram(q[token * width : (token + 1) * width], width, counted)
+                    count_magnitudes(q[token * width : (token + 1) * width], counted)
             else:
-                _histogram(these, n, counted)
+                count_magnitudes(these[:n], counted)
             t = choose_table(counted, tables.costs)
             rows.chosen[row, run] = t
             place, escape_place = encode_values(these, n, tables, t, states, words, place, escapes, escape_place)

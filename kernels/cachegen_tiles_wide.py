@@ -43,8 +43,19 @@ def _store(x: Vector, flat: np.ndarray, to: int) -> None:
 
 
 @kernel
-def _halve(y: np.ndarray, block: int, channels: int) -> None:
-    """The transform's steps down to blocks of 64, in place; block: 64 or more."""
+def _finish64(a: Vector, b: Vector, c: Vector, d: Vector, factor: np.float32, out: np.ndarray, to: int) -> None:
+    """The transform of a block of 64, times factor, to out[to : to + 64]."""
+    a, b, c, d = a + c, b + d, a - c, b - d
+    a, b, c, d = a + b, a - b, c + d, c - d
+    _store(_crossed(a) * factor, out, to)
+    _store(_crossed(b) * factor, out, to + 16)
+    _store(_crossed(c) * factor, out, to + 32)
+    _store(_crossed(d) * factor, out, to + 48)
+
+
+@kernel
+def _finish(y: np.ndarray, block: int, channels: int, factor: np.float32, out: np.ndarray, to: int) -> None:
+    """The transform of a vector's blocks in `y`, which is overwritten, times factor, to out[to : to + channels]."""
     h = block // 2
     while h >= 64:
         for first in range(0, channels, 2 * h):
@@ -53,29 +64,30 @@ def _halve(y: np.ndarray, block: int, channels: int) -> None:
                 store(y, i, a + b)
                 store(y, i + h, a - b)
         h //= 2
-
-
-@kernel
-def _finish(y: np.ndarray, block: int, channels: int, factor: np.float32, out: np.ndarray, to: int) -> None:
-    """The transform's steps from blocks of at most 64 down, and y · factor to out[to : to + channels]."""
     if block >= 64:
         for i in range(0, channels, 64):
-            a, b, c, d = load16(y, i), load16(y, i + 16), load16(y, i + 32), load16(y, i + 48)
-            a, b, c, d = a + c, b + d, a - c, b - d
-            a, b, c, d = a + b, a - b, c + d, c - d
-            _store(_crossed(a) * factor, out, to + i)
-            _store(_crossed(b) * factor, out, to + i + 16)
-            _store(_crossed(c) * factor, out, to + i + 32)
-            _store(_crossed(d) * factor, out, to + i + 48)
+            _finish64(load16(y, i), load16(y, i + 16), load16(y, i + 32), load16(y, i + 48), factor, out, to + i)
     elif block == 32:
         for i in range(0, channels, 32):
             a, b = load16(y, i), load16(y, i + 16)
-            a, b = a + b, a - b
-            _store(_crossed(a) * factor, out, to + i)
-            _store(_crossed(b) * factor, out, to + i + 16)
+            _store(_crossed(a + b) * factor, out, to + i)
+            _store(_crossed(a - b) * factor, out, to + i + 16)
     else:
         for i in range(0, channels, 16):
             _store(_crossed(load16(y, i)) * factor, out, to + i)
+
+
+@kernel
+def _scaled(q: np.ndarray, i: int, halves: np.ndarray, steps: np.ndarray, j: int) -> Vector:
+    return (as_f32(load16(q, i)) + load16(halves, j)) * load16(steps, j)
+
+
+@kernel
+def _taken(flat: np.ndarray, i: int) -> Vector:
+    """Float32 of what lies there."""
+    if flat.itemsize == 2:
+        return f32_of_bits(as_u32(load16(flat, i)) << 16)
+    return f32_of_bits(as_u32(load16(flat, i)))
 
 
 @kernel
@@ -104,19 +116,32 @@ def restore(
     one = np.float32(1.0)
     for v in range(vectors):
         token, head = (first + v) // heads, (first + v) % heads
-        at = v * channels
+        to = start + token * strides[2] + head * strides[3]
+        at, of_head = v * channels, head * channels
         if per_token:
             step = steps[first + v]
+            if block == 64:
+                for i in range(0, channels, 64):
+                    a, b = as_f32(load16(q, at + i)) * step, as_f32(load16(q, at + i + 16)) * step
+                    c, d = as_f32(load16(q, at + i + 32)) * step, as_f32(load16(q, at + i + 48)) * step
+                    _finish64(a, b, c, d, one, flat, to + i)
+                continue
             for i in range(0, channels, 16):
                 store(space, i, as_f32(load16(q, at + i)) * step)
         else:
-            of_head = head * channels
+            if block == 64:
+                for i in range(0, channels, 64):
+                    j = of_head + i
+                    a, b = _scaled(q, at + i, halves, steps, j), _scaled(q, at + i + 16, halves, steps, j + 16)
+                    c, d = (
+                        _scaled(q, at + i + 32, halves, steps, j + 32),
+                        _scaled(q, at + i + 48, halves, steps, j + 48),
+                    )
+                    _finish64(a, b, c, d, one, flat, to + i)
+                continue
             for i in range(0, channels, 16):
-                shifted = as_f32(load16(q, at + i)) + load16(halves, of_head + i)
-                store(space, i, shifted * load16(steps, of_head + i))
-        if block > 64:
-            _halve(space, block, channels)
-        _finish(space, block, channels, one, flat, start + token * strides[2] + head * strides[3])
+                store(space, i, _scaled(q, at + i, halves, steps, of_head + i))
+        _finish(space, block, channels, one, flat, to)
 
 
 @kernel
@@ -135,14 +160,17 @@ def coefficients(
         cachegen_tiles_scalar.coefficients(flat, start, strides, heads, block, first, y, space)
         return
     vectors, channels = y.shape
-    left_shift = np.uint32(16 if flat.itemsize == 2 else 0)
     scale = np.float32(1.0 / block)
     out = y.reshape(-1).view(np.uint32)
     for v in range(vectors):
         token, head = (first + v) // heads, (first + v) % heads
         begin = start + token * strides[2] + head * strides[3]
+        if block == 64:
+            for i in range(0, channels, 64):
+                a, b = _taken(flat, begin + i), _taken(flat, begin + i + 16)
+                c, d = _taken(flat, begin + i + 32), _taken(flat, begin + i + 48)
+                _finish64(a, b, c, d, scale, out, v * channels + i)
+            continue
         for i in range(0, channels, 16):
-            store(space, i, f32_of_bits(as_u32(load16(flat, begin + i)) << left_shift))
-        if block > 64:
-            _halve(space, block, channels)
+            store(space, i, _taken(flat, begin + i))
         _finish(space, block, channels, scale, out, v * channels)

@@ -19,7 +19,7 @@ CODE_SHIFT = 21
 MIN_CODE, MAX_CODE = 108, 871
 """Steps of 2⁻¹⁰⁰ … 1.75 · 2⁹⁰: coefficients and their sums are neither infinite nor denormal."""
 REACH = 127
-_MOST = 110.0
+MOST = 110.0
 """Steps are at least the largest deviation ÷ this: below 127 by what coding a step may take from it."""
 
 
@@ -74,7 +74,7 @@ def channel_steps(y: np.ndarray, step: float, steps: np.ndarray, means: np.ndarr
         means[j] = mean
         most = max(np.float64(high[j]) - mean, mean - np.float64(low[j]))
         wanted = step * np.sqrt(max(variance, 0.0))
-        steps[j] = max(wanted, max(most, 2.0 * abs(mean)) / _MOST) if np.isfinite(variance) else np.inf
+        steps[j] = max(wanted, max(most, 2.0 * abs(mean)) / MOST) if np.isfinite(variance) else np.inf
 
 
 @kernel
@@ -84,7 +84,7 @@ def token_steps(y: np.ndarray, step: float, steps: np.ndarray) -> None:
     The sum of squares is of eight partial sums, of the coefficients i, i + 8, …; ((0+1)+(2+3))+((4+5)+(6+7)).
     """
     vectors, width = y.shape
-    wanted = max(step, np.sqrt(np.float64(width)) / _MOST)
+    wanted = max(step, np.sqrt(np.float64(width)) / MOST)
     sums = np.empty(8, np.float64)
     for vector in range(vectors):
         sums[:] = 0.0

@@ -28,6 +28,7 @@ SPARE_WORDS = LANES
 decode_run = rans_wide.decode_run if WIDE else rans_scalar.decode_run
 encode_run = rans_scalar.encode_run
 encode_values = rans_wide.encode_values if WIDE else rans_scalar.encode_values
+count_magnitudes = rans_wide.count_magnitudes if WIDE else rans_scalar.count_magnitudes
 
 
 @kernel

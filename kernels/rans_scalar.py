@@ -133,3 +133,10 @@ def encode_values(
         q, count, tables.symbols[table], tables.frequencies[table], tables.starts[table], tables.reciprocals[table],
         tables.pairs[table], states, words, place, escapes, escape_place,
     )  # fmt: skip
+
+
+@kernel
+def count_magnitudes(q: np.ndarray, counted: np.ndarray) -> None:
+    """Add to counted, int64 [128], how often each |value| occurs in q, i8."""
+    for i in range(q.size):
+        counted[abs(np.int64(q[i]))] += 1

@@ -33,6 +33,7 @@ from lmcache_s3.kernels.vectors import (
     load64,
     lookup,
     low_half,
+    lowest_bit,
     pairs_of_i8,
     rotated,
     select,
@@ -42,6 +43,7 @@ from lmcache_s3.kernels.vectors import (
 
 _OUTSIDE = 33 * 33
 """The entry for pairs that no table has."""
+_SMALL = 8
 
 
 @kernel
@@ -185,3 +187,24 @@ def encode_values(
             q[: width * done], width * done, tables, table, states, words, place, escapes, escape_place
         )
     return place, escape_place
+
+
+@kernel
+def count_magnitudes(q: np.ndarray, counted: np.ndarray) -> None:
+    """As `rans_scalar.count_magnitudes`. q is contiguous."""
+    whole = q.size // 64 * 64
+    for first in range(0, whole, 64):
+        values = load64(q, first)
+        magnitudes = select(values < 0, splat(values, 0) - values, values)
+        left = ~np.uint64(0)
+        # Most are small, and sixty-four are compared at once; a count in memory waits for the one before.
+        for magnitude in range(_SMALL):
+            found = bits_of(magnitudes == magnitude)
+            counted[magnitude] += count_bits(found)
+            left &= ~found
+            if left == np.uint64(0):
+                break
+        while left:
+            counted[abs(np.int64(q[first + lowest_bit(left)]))] += 1
+            left &= left - np.uint64(1)
+    rans_scalar.count_magnitudes(q[whole:], counted)

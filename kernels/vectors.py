@@ -132,7 +132,7 @@ def _loading(count: int) -> Any:
     return load
 
 
-load16, load32, load64 = _loading(16), _loading(32), _loading(64)
+load8, load16, load32, load64 = _loading(8), _loading(16), _loading(32), _loading(64)
 
 
 @_inline
@@ -320,6 +320,12 @@ def bits_of(_typing: Any, mask: Any) -> Any:
 
 
 @_inline
+def lowest_bit(_typing: Any, bits: Any) -> Any:
+    """Its number; bits: u64, not 0."""
+    return _signature(types.int64, [bits], lambda builder, v: builder.cttz(v[0], ir.Constant(ir.IntType(1), 1)))
+
+
+@_inline
 def count_bits(_typing: Any, bits: Any) -> Any:
     return _signature(types.int64, [bits], lambda builder, v: builder.ctpop(v[0]))
 
@@ -399,9 +405,9 @@ def _crossing(distance: int) -> Any:
         def generate(builder: Any, values: list[Any]) -> Any:
             x = values[0]
             other = builder.shuffle_vector(x, x, _indices([i ^ distance for i in range(count)]))
-            sums, differences = builder.fadd(x, other), builder.fsub(other, x)
-            lanes = [i + count if i & distance else i for i in range(count)]
-            return builder.shuffle_vector(sums, differences, _indices(lanes))
+            # A product with ±1 is exact, so this rounds once, as a sum or a difference does.
+            signs = ir.Constant(vector.llvm, [-1.0 if i & distance else 1.0 for i in range(count)])
+            return _call(builder, f"llvm.fma.{vector.suffix}", vector.llvm, [x, signs, other])
 
         return _signature(vector, [vector], generate)
 
@@ -413,10 +419,6 @@ cross8, cross4, cross2, cross1 = _crossing(8), _crossing(4), _crossing(2), _cros
 
 
 @_inline
-def lane(_typing: Any, vector: Any, index: Any) -> Any:
-    """One number of a vector."""
-
-    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.extract_element(values[0], context.cast(builder, values[1], signature.args[1], types.int32))
-
-    return getattr(types, vector.element)(vector, index), codegen
+def first_lane(_typing: Any, vector: Any) -> Any:
+    number = getattr(types, vector.element)
+    return _signature(number, [vector], lambda builder, v: builder.extract_element(v[0], ir.Constant(_I32, 0)))
