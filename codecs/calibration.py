@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from lmcache_s3.codecs.tensor_file import read_tensors, write_tensors
 from lmcache_s3.errors import Unusable
 from lmcache_s3.kernels.rans_tables import TABLES
 from lmcache_s3.types import FORMAT_VERSION, ITEM_BYTES, Buffer, KVDtype
+
+if TYPE_CHECKING:
+    from lmcache_s3.kernels.transform_products import Packed
 
 MAX_FILE_BYTES = 1 << 30
 MAX_LEVELS = 16
@@ -75,15 +78,29 @@ class Unit:
     inverse: np.ndarray
     inverse_scale: np.ndarray
     tables: tuple[np.ndarray, ...]
+    _scaled: dict[float, tuple[np.ndarray, ...]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def vectors(self) -> int:
         return len(self.planes) * self.layers * self.heads
 
     @cached_property
-    def columns(self) -> np.ndarray:
-        """`inverse` the other way round, int16 [R, W], C-contiguous: as decoding reads it. Made once."""
-        return np.ascontiguousarray(self.inverse.T)
+    def packed(self) -> Packed:
+        """`inverse` as decoding reads it. Made once, of its size."""
+        from lmcache_s3.kernels.transform_products import pack  # numba only where it is needed
+
+        return pack(self.inverse, self.vectors, max(self.streams, 1))
+
+    def scaled(self, step: float) -> tuple[np.ndarray, ...]:
+        """(inverse_scale · step, mean), float32 [block · column] as `packed` has them. Made once a step."""
+        from lmcache_s3.kernels.transform_products import packed_columns
+
+        made = self._scaled.get(step)
+        if made is None:
+            scale = self.inverse_scale * np.float32(step)
+            made = tuple(packed_columns(self.packed, of, self.vectors) for of in (scale, self.mean))
+            self._scaled[step] = made
+        return made
 
 
 @dataclass(frozen=True, eq=False)

@@ -214,7 +214,7 @@ def _layout(calibration: Calibration, spec: CellSpec, position: CellPosition) ->
         widest = max(unit.layers for unit in calibration.units), max(unit.heads for unit in calibration.units)
         return (
             f"{which} in units of {widest[0]} layers × {widest[1]} heads; layers {first_layer} … "
-            f"{first_layer + layers - 1}, heads {first_head} … {first_head + heads - 1} cut them: calibrate for this grid"
+            f"{first_layer + layers - 1}, heads {first_head} … {first_head + heads - 1} cut them: calibrate for that"
         )
     return layout
 
@@ -230,12 +230,13 @@ def _rotation(calibration: Calibration, first_token: int, tokens: int) -> tuple[
 
 def _coefficients(
     placed: _Placed, cell: np.ndarray, spec: CellSpec, cosine: np.ndarray, sine: np.ndarray, level: int, step: float
-) -> np.ndarray:
-    """Coefficients ÷ step, float32 [token, coefficient of the level]."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """(bool [token]: values are finite and coefficients within reach; those, float32 [token, coefficient of the level])."""
     from lmcache_s3.codecs.dtypes import to_float32  # numba and ml_dtypes only where they are needed
 
     unit = placed.unit
     values = to_float32(placed.box(cell).transpose(2, 0, 1, 3, 4), spec.kv_dtype)
+    coded = np.isfinite(values).all(axis=(1, 2, 3, 4))
     pairs = cosine.shape[1]
     if pairs and unit.planes[0] == 0:
         low, high = values[:, 0, ..., :pairs], values[:, 0, ..., pairs : 2 * pairs]
@@ -249,7 +250,9 @@ def _coefficients(
     scale = unit.forward_scale[:n] / np.float32(step)
     found: np.ndarray = np.matmul(flat, unit.forward[:n].astype(np.float32).T)
     found *= scale
-    return found
+    np.rint(found, out=found)
+    coded &= (found.max(axis=1, initial=0.0) <= REACH) & (found.min(axis=1, initial=0.0) >= -REACH)
+    return coded, found
 
 
 def _coded(
@@ -267,9 +270,8 @@ def _coded(
     quantised: list[np.ndarray] = []
     for u, placed in enumerate(layout.units):
         with np.errstate(all="ignore"):  # what is not finite is kept as it is
-            q = np.rint(_coefficients(placed, cell, spec, cosine, sine, level, step))
-        # A comparison with NaN is false. Values that are not finite may meet only zeros and NaN of the transform.
-        exact[u] |= ~(np.abs(q) <= REACH).all(axis=1) | ~_finite(placed.box(cell), spec)
+            finite, q = _coefficients(placed, cell, spec, cosine, sine, level, step)
+        exact[u] |= ~finite
         kept = q[~exact[u]]
         padded = np.zeros((kept.shape[1], kept.shape[0] + 2 - kept.shape[0] % 2), np.int8)
         padded[:, : kept.shape[0]] = kept.T
@@ -304,13 +306,6 @@ def _coded(
             escapes[escape_place:].tobytes(),
         )
     )
-
-
-def _finite(box: np.ndarray, spec: CellSpec) -> np.ndarray:
-    from lmcache_s3.codecs.dtypes import TRUE_DTYPE
-
-    values = np.ascontiguousarray(box).view(TRUE_DTYPE[spec.kv_dtype])
-    return np.isfinite(values).all(axis=(0, 1, 3, 4))
 
 
 def _exact_bits(layout: _Layout, cell: np.ndarray, spec: CellSpec, exact: np.ndarray) -> bytes:
@@ -411,63 +406,77 @@ def _decode(
     out: np.ndarray,
 ) -> None:
     """All units into `out`. Raises `Unusable`."""
-    from lmcache_s3.codecs.dtypes import from_float32
     from lmcache_s3.kernels import transform_streams
     from lmcache_s3.kernels.rans_tables import all_tables
 
     tokens = spec.shape[2]
-    step = np.float32(calibration.levels[level].step)
     rotation = _rotation(calibration, first_token, tokens)
-    most = max(placed.unit.tables[level].size for placed in layout.units)
-    entries, filled = np.empty((tokens, most + 1), np.int32), np.empty(tokens, np.int64)
-    taken = 0
+    most = max(placed.unit.packed.pairs for placed in layout.units)
+    entries, filled = np.empty((tokens, most + 1), np.int64), np.empty(tokens, np.int64)
+    step = calibration.levels[level].step
+    target = _Target(out, spec.kv_dtype)
     for u, placed in enumerate(layout.units):
-        unit, chosen = placed.unit, placed.unit.tables[level]
+        unit = placed.unit
         coded = np.flatnonzero(~parts.exact[u])
         if not transform_streams.decode_unit(
-            parts.streams, all_tables(), chosen, placed.first_stream, placed.streams, coded.size, entries, filled
-        ):
+            parts.streams, all_tables(), unit.tables[level], placed.first_stream, unit.packed.first_pairs, coded.size,
+            entries, filled,
+        ):  # fmt: skip
             raise Unusable("transform: a stream is not whole", kind="payload")
-        box = placed.box(out)
-        direct = spec.kv_dtype in ("bfloat16", "float32")
-        target = box if direct else np.empty(box.shape, np.float32)
-        _values(unit, chosen.size, step, rotation, entries, filled, coded, target)
-        if not direct:
-            box[:, :, coded] = from_float32(target[:, :, coded], spec.kv_dtype)
-        if coded.size < tokens:
-            kept = np.flatnonzero(parts.exact[u])
-            shape = (kept.size, *box.shape[:2], *box.shape[3:])
-            n = math.prod(shape)
-            box[:, :, kept] = parts.bits[taken : taken + n].reshape(shape).transpose(1, 2, 0, 3, 4)
-            taken += n
+        target.write(placed, unit.scaled(step), rotation, entries, filled, coded)
     if not transform_streams.whole(parts.streams):
         raise Unusable("transform: a stream goes on behind its symbols", kind="payload")
+    target.finish()
+    taken = 0
+    for u in np.flatnonzero(parts.exact.any(axis=1)):
+        kept, box = np.flatnonzero(parts.exact[u]), layout.units[u].box(out)
+        shape = (kept.size, *box.shape[:2], *box.shape[3:])
+        n = math.prod(shape)
+        box[:, :, kept] = parts.bits[taken : taken + n].reshape(shape).transpose(1, 2, 0, 3, 4)
+        taken += n
 
 
-def _values(
-    unit: Unit,
-    coefficients: int,
-    step: np.float32,
-    rotation: tuple[np.ndarray, np.ndarray],
-    entries: np.ndarray,
-    filled: np.ndarray,
-    coded: np.ndarray,
-    box: np.ndarray,
-) -> None:
-    """Values of the coded tokens into `box`, [plane, layer, token, head, channel], bits of bfloat16 or float32."""
-    from lmcache_s3.kernels.strided import flat_view
-    from lmcache_s3.kernels.transform_values import Inverse, Rotation, decode_values
+class _Target:
+    """A cell that values are written into, unit by unit: `out` itself if the kernels can, else float32 beside it."""
 
-    layout = flat_view(box)
-    target = box if layout is not None else np.empty(box.shape, box.dtype)
-    flat, strides = layout if layout is not None else flat_view(target) or (target, target)
-    planes, layers, _, heads, _ = box.shape
-    grid = np.ogrid[:planes, :layers, :heads]
-    offsets = (grid[0] * strides[0] + grid[1] * strides[1] + grid[2] * strides[3]).astype(np.int64).reshape(-1)
-    turned = layers * heads if unit.planes[0] == 0 and rotation[0].shape[1] else 0
-    decode_values(
-        Inverse(unit.columns, unit.inverse_scale * step, unit.mean), coefficients, Rotation(*rotation, turned),
-        entries, filled, coded, flat, offsets, int(strides[2]),
-    )  # fmt: skip
-    if target is not box:
-        box[:, :, coded] = target[:, :, coded]
+    def __init__(self, out: np.ndarray, kv_dtype: str) -> None:
+        from lmcache_s3.kernels.strided import flat_view
+
+        self._out, self._kv_dtype = out, kv_dtype
+        layout = flat_view(out) if kv_dtype in ("bfloat16", "float32") else None
+        self._beside: np.ndarray | None = None
+        if layout is None:
+            self._beside = np.zeros(out.shape, np.float32)
+            layout = flat_view(self._beside)
+            assert layout is not None
+        self._flat, self._strides = layout[0], [int(stride) for stride in layout[1]]
+
+    def write(
+        self,
+        placed: _Placed,
+        scaled: tuple[np.ndarray, ...],
+        rotation: tuple[np.ndarray, np.ndarray],
+        entries: np.ndarray,
+        filled: np.ndarray,
+        coded: np.ndarray,
+    ) -> None:
+        """Values of a unit's coded tokens."""
+        from lmcache_s3.kernels.transform_values import Place, Rotation, decode_values
+
+        unit = placed.unit
+        plane, layer, token, head = self._strides
+        start = unit.planes[0] * plane + placed.layers.start * layer + placed.heads.start * head
+        pairs = rotation[0].shape[1]
+        turned = unit.layers * unit.heads if pairs and unit.planes[0] == 0 else 0
+        decode_values(
+            unit.packed, scaled[0], scaled[1], unit.vectors, unit.mean.size // unit.vectors,
+            Rotation(rotation[0].reshape(-1), rotation[1].reshape(-1), pairs, turned), entries, filled, coded,
+            self._flat, Place(start, plane, layer, token, head, unit.layers, unit.heads),
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        """Everything is in `out`, though exact tokens hold anything."""
+        from lmcache_s3.codecs.dtypes import from_float32
+
+        if self._beside is not None:
+            self._out[...] = from_float32(self._beside, self._kv_dtype)

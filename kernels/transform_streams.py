@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmcache_s3.kernels.jit import kernel
-from lmcache_s3.kernels.rans import IDLE, LANES, SPARE_WORDS, decode_run, encode_run
+from lmcache_s3.kernels.rans import IDLE, LANES, SPARE_WORDS, decode_run, encode_values
 from lmcache_s3.kernels.rans_tables import Tables
 
 
@@ -65,40 +65,56 @@ def decode_unit(
     tables: Tables,
     chosen: np.ndarray,
     first: int,
-    n: int,
+    first_pairs: np.ndarray,
     count: int,
     entries: np.ndarray,
     filled: np.ndarray,
 ) -> bool:
     """Decode a unit's coefficients of `count` coded tokens; False: a stream is not whole, or ends too early.
 
-    chosen: u8 [coefficient], tables below `TABLES`. first, n: the unit's streams. entries: int32 [token, ≥ coefficients
-    + 1], for each token its coefficients that are not 0, as r · 256 + (q mod 256), streams' one after another; filled:
-    int64 [token], how many.
+    chosen: u8 [coefficient], tables below `TABLES`. first: the first of the unit's streams. first_pairs: of
+    `transform_products.Packed`. entries: int64 [≥ count, ≥ pairs + 1], for each token its pairs of coefficients that
+    are not both 0, as pair · 2³² + their two int16; filled: int64 [≥ count], how many.
     """
-    buffer = np.empty(count + 2 + (count & 1), np.int8)
-    pairs_of = buffer.view(np.uint16)
+    length = count + 2 + (count & 1)
+    low = np.empty(length, np.int8)
+    high = np.empty(length, np.int8)
+    low_pairs = low.view(np.uint16)
+    high_pairs = high.view(np.uint16)
     filled[:count] = 0
-    for stream in range(first, first + n):
+    n = first_pairs.size
+    for of_unit in range(n):
+        stream = first + of_unit
         states = streams.states[stream].copy()
         place = streams.places[stream]
         end = streams.word_ends[stream]
         escape_place = streams.escape_places[stream]
         escape_end = streams.escape_ends[stream]
-        for r in range(stream - first, chosen.size, n):
+        pair = first_pairs[of_unit] << 32
+        for r in range(of_unit, chosen.size, 2 * n):
             t = chosen[r]
             place, escape_place = decode_run(
                 states, streams.words, place, end, tables.slots[t], tables.values[t], tables.pairs[t],
-                streams.escapes, escape_place, escape_end, 0, buffer, pairs_of, count,
+                streams.escapes, escape_place, escape_end, 0, low, low_pairs, count,
             )  # fmt: skip
             if place < 0:
                 return False
-            high = np.int32(r) << np.int32(8)
+            if r + n < chosen.size:
+                t = chosen[r + n]
+                place, escape_place = decode_run(
+                    states, streams.words, place, end, tables.slots[t], tables.values[t], tables.pairs[t],
+                    streams.escapes, escape_place, escape_end, 0, high, high_pairs, count,
+                )  # fmt: skip
+                if place < 0:
+                    return False
+            else:
+                high[:] = 0
             for token in range(count):
-                q = np.int32(buffer[token])
+                both = (np.int64(high[token]) << 16 & 0xFFFF0000) | (np.int64(low[token]) & 0xFFFF)
                 at = filled[token]
-                entries[token, at] = high | (q & np.int32(0xFF))
-                filled[token] = at + np.int64(q != np.int32(0))
+                entries[token, at] = pair | both
+                filled[token] = at + np.int64(both != 0)
+            pair += 1 << 32
         streams.states[stream] = states
         streams.places[stream] = place
         streams.escape_places[stream] = escape_place
@@ -130,11 +146,9 @@ def encode_unit(
         coefficients = (chosen.size - (stream - first) + n - 1) // n
         for i in range(coefficients - 1, -1, -1):
             r = stream - first + i * n
-            t = chosen[r]
-            place, escape_place = encode_run(
-                q[r], count, tables.symbols[t], tables.frequencies[t], tables.starts[t], tables.reciprocals[t],
-                tables.pairs[t], states[stream], words, place, escapes, escape_place,
-            )  # fmt: skip
+            place, escape_place = encode_values(
+                q[r], count, tables, int(chosen[r]), states[stream], words, place, escapes, escape_place
+            )
         starts[stream] = place
         escape_starts[stream] = escape_place
     return place, escape_place

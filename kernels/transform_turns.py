@@ -17,7 +17,7 @@ def _series(square: np.ndarray, coefficients: tuple[float, ...]) -> np.ndarray:
     total: np.ndarray = np.full_like(square, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         total = total * square + coefficient
-    total = total * square
+    total *= square
     return total
 
 

@@ -1,8 +1,8 @@
 """Values of a `transform` unit from its quantised coefficients, straight into the caller's array. FORMAT.md §7.3.
 
-Sums of products of integers below 2²⁴ are exact in float32 in any order, and most coefficients are 0: so each token
-adds up only the columns of those that are not, some hundred values wide at a time, so that they stay in its cache. What follows is one float32 operation a step, uncontracted: the same bits on every machine. `transform_reference.py` is
-the same, written to be read. Threads: safe, no GIL. Raises nothing.
+One token's part of one block of vectors at a time: sum, scale, mean, rotation, rounding, while it lies in registers and
+the first cache. Behind the exact sum comes one float32 operation a step, uncontracted: the same bits on every machine.
+`transform_reference.py` is the same, written to be read. Threads: safe, no GIL. Raises nothing.
 """
 
 from __future__ import annotations
@@ -12,126 +12,116 @@ from typing import NamedTuple
 import numpy as np
 
 from lmcache_s3.kernels.jit import kernel
-
-_BLOCK_VALUES = 256
-
-
-class Inverse(NamedTuple):
-    """columns: int16 [coefficient, value], value contiguous. scale, mean: float32 [value]."""
-
-    columns: np.ndarray
-    scale: np.ndarray
-    mean: np.ndarray
+from lmcache_s3.kernels.transform_products import Packed, add_up
+from lmcache_s3.kernels.vectors import as_f32, as_u16, bits_of_f32, load16, store
 
 
 class Rotation(NamedTuple):
-    """cosine, sine: float32 [token, pair] of all the cell's tokens; channel j < pairs is turned with j + pairs.
+    """cosine, sine: float32, [token, pair] of all the cell's tokens flat; channel j < pairs is turned with j + pairs.
 
     vectors: how many of the unit's vectors, from the first, are turned.
     """
 
     cosine: np.ndarray
     sine: np.ndarray
+    pairs: int
     vectors: int
 
 
-@kernel
-def _add_up(rows: np.ndarray, entries: np.ndarray, n: int, total: np.ndarray) -> None:
-    """total[w] = Σ q · rows[r, w] over n entries r · 256 + (q mod 256)."""
-    for w in range(total.size):
-        total[w] = np.float32(0.0)
-    i = 0
-    while i + 4 <= n:
-        a = rows[entries[i] >> 8]
-        b = rows[entries[i + 1] >> 8]
-        c = rows[entries[i + 2] >> 8]
-        d = rows[entries[i + 3] >> 8]
-        qa = np.float32(np.int8(entries[i] & 0xFF))
-        qb = np.float32(np.int8(entries[i + 1] & 0xFF))
-        qc = np.float32(np.int8(entries[i + 2] & 0xFF))
-        qd = np.float32(np.int8(entries[i + 3] & 0xFF))
-        for w in range(total.size):
-            total[w] += (qa * a[w] + qb * b[w]) + (qc * c[w] + qd * d[w])
-        i += 4
-    while i < n:
-        a = rows[entries[i] >> 8]
-        qa = np.float32(np.int8(entries[i] & 0xFF))
-        for w in range(total.size):
-            total[w] += qa * a[w]
-        i += 1
+class Place(NamedTuple):
+    """Where a unit's values go, in elements: plane, layer, token, head: strides; start: of its first.
+
+    layers, heads: of the unit. A vector's channels lie side by side.
+    """
+
+    start: int
+    plane: int
+    layer: int
+    token: int
+    head: int
+    layers: int
+    heads: int
 
 
 @kernel
-def _turn(y: np.ndarray, cosine: np.ndarray, sine: np.ndarray) -> None:
-    pairs = cosine.size
-    low = y[:pairs]
-    high = y[pairs : 2 * pairs]
-    for j in range(pairs):
-        a = low[j]
-        b = high[j]
-        low[j] = a * cosine[j] - b * sine[j]
-        high[j] = b * cosine[j] + a * sine[j]
+def _turn(y: np.ndarray, at: int, pairs: int, rotation: Rotation, token: int) -> None:
+    angles = token * pairs
+    if pairs & 15 == 0:
+        for j in range(0, pairs, 16):
+            a = load16(y, at + j)
+            b = load16(y, at + pairs + j)
+            cosine = load16(rotation.cosine, angles + j)
+            sine = load16(rotation.sine, angles + j)
+            store(y, at + j, a * cosine - b * sine)
+            store(y, at + pairs + j, b * cosine + a * sine)
+    else:
+        for j in range(pairs):
+            x = y[at + j]
+            z = y[at + pairs + j]
+            y[at + j] = x * rotation.cosine[angles + j] - z * rotation.sine[angles + j]
+            y[at + pairs + j] = z * rotation.cosine[angles + j] + x * rotation.sine[angles + j]
 
 
 @kernel
-def _round(bits: np.ndarray, out: np.ndarray) -> None:
+def _put_rounded(y: np.ndarray, bits: np.ndarray, at: int, flat: np.ndarray, to: int, channels: int) -> None:
     """float32 → bfloat16, to nearest, ties to even."""
-    for i in range(bits.size):
-        x = bits[i]
-        out[i] = np.uint16((x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    j = 0
+    while j + 16 <= channels:
+        x = bits_of_f32(load16(y, at + j))
+        store(flat, to + j, as_u16((x + ((x >> 16) & 1) + 0x7FFF) >> 16))
+        j += 16
+    while j < channels:
+        number = bits[at + j]
+        odd = (number >> np.uint32(16)) & np.uint32(1)
+        flat[to + j] = np.uint16((number + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        j += 1
 
 
 @kernel
 def decode_values(
-    inverse: Inverse,
-    coefficients: int,
+    packed: Packed,
+    scale: np.ndarray,
+    mean: np.ndarray,
+    vectors: int,
+    channels: int,
     rotation: Rotation,
     entries: np.ndarray,
     filled: np.ndarray,
     tokens: np.ndarray,
     flat: np.ndarray,
-    offsets: np.ndarray,
-    token_stride: int,
+    place: Place,
 ) -> None:
     """Values of a unit's coded tokens into `flat`: u16 for bfloat16, u32 for float32 bits.
 
-    coefficients: how many the level codes. entries, filled: of `transform_streams.decode_unit`. tokens: int64, which of
-    the cell's tokens each coded one is. offsets: int64 [vector]; vector v of token t begins at offsets[v] + t ·
-    token_stride, its channels side by side.
+    scale, mean: float32, as `packed_columns` gives them. vectors, channels: of the unit. entries: int64 [coded token,
+    ≥ pairs], filled: int64 [coded token], of `transform_streams.decode_unit`. tokens: int64, which of the cell's tokens
+    each coded one is.
     """
-    width = inverse.scale.size
-    vectors = offsets.size
-    channels = width // vectors
-    together = min(vectors, max(1, _BLOCK_VALUES // channels))
-    rows = np.empty((coefficients, together * channels), np.float32)
-    total = np.empty(together * channels, np.float32)
-    bits = total.view(np.uint32)
+    columns = packed.columns
+    totals = np.empty(tokens.size * columns, np.int32)
+    ends = np.empty(2 * tokens.size, np.int64)
+    y = np.empty(columns, np.float32)
+    bits = y.view(np.uint32)
     short = flat.itemsize == 2
-    for first in range(0, vectors, together):
-        n = min(together, vectors - first)
-        start = first * channels
-        span = n * channels
-        for r in range(coefficients):
-            row = rows[r]
-            column = inverse.columns[r, start : start + span]
-            for w in range(span):
-                row[w] = np.float32(column[w])
-        scale = inverse.scale[start : start + span]
-        mean = inverse.mean[start : start + span]
-        y = total[:span]
+    for block in range((vectors + packed.vectors - 1) // packed.vectors):
+        first = block * packed.vectors
+        n = min(packed.vectors, vectors - first)
+        add_up(packed, block, entries, filled, tokens.size, ends, totals)
         for i in range(tokens.size):
             token = tokens[i]
-            _add_up(rows, entries[i], filled[i], y)
-            for w in range(span):
-                y[w] = y[w] * scale[w] + mean[w]
+            for column in range(0, columns, 16):
+                factor = load16(scale, block * columns + column)
+                shift = load16(mean, block * columns + column)
+                store(y, column, as_f32(load16(totals, i * columns + column)) * factor + shift)
             for v in range(n):
-                at = v * channels
-                if first + v < rotation.vectors:
-                    _turn(y[at : at + channels], rotation.cosine[token], rotation.sine[token])
-                to = offsets[first + v] + token * token_stride
+                vector = first + v
+                if vector < rotation.vectors:
+                    _turn(y, v * channels, rotation.pairs, rotation, token)
+                row = vector // place.heads
+                to = place.start + row // place.layers * place.plane + row % place.layers * place.layer
+                to += vector % place.heads * place.head + token * place.token
                 if short:
-                    _round(bits[at : at + channels], flat[to : to + channels])
+                    _put_rounded(y, bits, v * channels, flat, to, channels)
                 else:
-                    out = flat[to : to + channels]
                     for j in range(channels):
-                        out[j] = bits[at + j]
+                        flat[to + j] = bits[v * channels + j]

@@ -1,0 +1,176 @@
+"""Sums of products of a unit's integers: weights packed two coefficients a column, and the columns added up.
+
+Σ weight · q with |weight| ≤ 2047, q in ±127 and a bounded sum is exact in int32 as in float32, so its order is free:
+two coefficients at a time make the int16 pairs that processors multiply and add in one instruction. Only pairs that
+hold something else than 0 are met, which leaves most out. `transform_reference.py` has the sum written to be read.
+Threads: safe, no GIL. Raises nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+
+from lmcache_s3.kernels.jit import kernel
+from lmcache_s3.kernels.vectors import WIDE, VectorType, _call, _indices, _inline, _signature, load16, load32, store
+
+_TOGETHER = 64
+"""Values of vectors that are computed at once, if a vector is not longer."""
+_LANES = 16
+_SLICE = 64
+_SOME_PAIRS = 96
+"""A slice's weights of so many pairs are 24 KiB: they stay in the first cache while all tokens pass."""
+
+
+class Packed(NamedTuple):
+    """A unit's `inverse`, its values in *blocks* of whole vectors, padded to a multiple of 16 *columns*.
+
+    weights: int16, flat: [block], its *slices* of 64 columns (the last may be of fewer), each [pair, column, 2]. A pair
+    is two coefficients that follow one another in a stream; what is missing is 0. first_pairs: int64 [stream], the
+    number of each stream's first pair. pairs: of a slice. vectors, columns: of a block.
+    """
+
+    weights: np.ndarray
+    first_pairs: np.ndarray
+    pairs: int
+    vectors: int
+    columns: int
+
+
+def pack(inverse: np.ndarray, vectors: int, streams: int) -> Packed:
+    """inverse: int16 [value, coefficient], the values of so many vectors. Coefficients are dealt to the streams."""
+    width, live = inverse.shape
+    channels = width // vectors
+    order: list[int] = []
+    firsts = []
+    for stream in range(streams):
+        firsts.append(len(order) // 2)
+        order += range(stream, live, streams)
+        order += [live] * (len(order) % 2)
+    together = max(1, _TOGETHER // channels)
+    blocks = -(-vectors // together)
+    columns = -(-together * channels // _LANES) * _LANES
+    rows = np.zeros((live + 1, blocks * together * channels), np.int16)
+    rows[:live, :width] = inverse.T
+    weights = np.zeros((blocks, len(order) // 2, columns, 2), np.int16)
+    by_pair = rows[order].reshape(-1, 2, blocks, together * channels)
+    weights[:, :, : together * channels] = by_pair.transpose(2, 0, 3, 1)
+    slices = [
+        block[:, column : column + _SLICE].reshape(-1) for block in weights for column in range(0, columns, _SLICE)
+    ]
+    return Packed(np.concatenate(slices), np.array(firsts, np.int64), len(order) // 2, together, columns)
+
+
+def packed_columns(packed: Packed, per_value: np.ndarray, vectors: int) -> np.ndarray:
+    """float32 [value] as [block · column], padded with 0."""
+    width = packed.vectors * (per_value.size // vectors)
+    blocks = -(-vectors // packed.vectors)
+    whole = np.zeros((blocks, width), np.float32)
+    whole.reshape(-1)[: per_value.size] = per_value
+    columns = np.zeros((blocks, packed.columns), np.float32)
+    columns[:, :width] = whole
+    return columns.reshape(-1)
+
+
+@_inline
+def _products(_typing: Any, weights: Any, pair: Any) -> Any:
+    """16 int32: weights(2i) · low(pair) + weights(2i + 1) · high(pair), of 32 int16 and an int32 of two int16."""
+    result = VectorType("int32", _LANES)
+
+    def generate(builder: Any, values: list[Any]) -> Any:
+        nothing = ir.Constant(result.llvm, ir.Undefined)
+        first = builder.insert_element(nothing, values[1], ir.Constant(ir.IntType(32), 0))
+        pairs = builder.shuffle_vector(first, nothing, _indices([0] * _LANES))
+        pairs = builder.bitcast(pairs, ir.VectorType(ir.IntType(16), 2 * _LANES))
+        if WIDE:
+            return _call(builder, "llvm.x86.avx512.pmaddw.d.512", result.llvm, [values[0], pairs])
+
+        def part(vector: Any, start: int) -> Any:
+            every_other = _indices(list(range(start, 2 * _LANES, 2)))
+            return builder.sext(builder.shuffle_vector(vector, vector, every_other), result.llvm)
+
+        low, high = (builder.mul(part(values[0], i), part(pairs, i)) for i in (0, 1))
+        return builder.add(low, high)
+
+    return _signature(result, [weights, pair], generate)
+
+
+@kernel
+def _add_64(
+    weights: np.ndarray, start: int, entries: np.ndarray, i: int, end: int, totals: np.ndarray, at: int
+) -> None:
+    t0, t1 = load16(totals, at), load16(totals, at + 16)
+    t2, t3 = load16(totals, at + 32), load16(totals, at + 48)
+    while i < end:
+        entry = entries[i]
+        pair = np.int32(entry)
+        of_pair = start + (entry >> 32) * 128
+        t0 = t0 + _products(load32(weights, of_pair), pair)
+        t1 = t1 + _products(load32(weights, of_pair + 32), pair)
+        t2 = t2 + _products(load32(weights, of_pair + 64), pair)
+        t3 = t3 + _products(load32(weights, of_pair + 96), pair)
+        i += 1
+    store(totals, at, t0)
+    store(totals, at + 16, t1)
+    store(totals, at + 32, t2)
+    store(totals, at + 48, t3)
+
+
+@kernel
+def _add_16(
+    weights: np.ndarray, start: int, stride: int, entries: np.ndarray, i: int, end: int, totals: np.ndarray, at: int
+) -> None:
+    total = load16(totals, at)
+    while i < end:
+        entry = entries[i]
+        total = total + _products(load32(weights, start + (entry >> 32) * stride), np.int32(entry))
+        i += 1
+    store(totals, at, total)
+
+
+@kernel
+def add_up(
+    packed: Packed,
+    block: int,
+    entries: np.ndarray,
+    filled: np.ndarray,
+    tokens: int,
+    ends: np.ndarray,
+    totals: np.ndarray,
+) -> None:
+    """totals, int32 [token · column], of one block and so many tokens.
+
+    entries: int64 [token, …]; of each the first `filled` are pair · 2³² + its two int16, pairs rising. ends: int64
+    [2 · token], for our use.
+    """
+    length = entries.shape[1]
+    every = entries.reshape(-1)
+    columns = packed.columns
+    totals[: tokens * columns] = 0
+    for token in range(tokens):
+        ends[token] = token * length
+    for some in range(0, packed.pairs, _SOME_PAIRS):
+        limit = np.int64(some + _SOME_PAIRS) << 32
+        for token in range(tokens):
+            i = ends[token]
+            last = token * length + filled[token]
+            ends[tokens + token] = i
+            if limit >> 32 >= packed.pairs:
+                i = last
+            while i < last and every[i] < limit:
+                i += 1
+            ends[token] = i
+        for first in range(0, columns, _SLICE):
+            width = min(_SLICE, columns - first)
+            start = (block * columns + first) * packed.pairs * 2
+            for token in range(tokens):
+                i = ends[tokens + token]
+                end = ends[token]
+                if width == _SLICE:
+                    _add_64(packed.weights, start, every, i, end, totals, token * columns + first)
+                else:
+                    for column in range(0, width, 16):
+                        at = token * columns + first + column
+                        _add_16(packed.weights, start + 2 * column, 2 * width, every, i, end, totals, at)
