@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -71,44 +71,25 @@ class CachegenCodec(KVCodec):
 
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
         check_array(cell, spec, what="cell")
-        first_exact = position.first_token == 0
-        payload = self._quantised(cell, spec, first_exact) if spec.shape[2] > first_exact else None
-        if payload is None or len(payload) >= _FIXED.size + raw_bytes(spec):
-            payload = _FIXED.pack(VERSION, RAW, 0, _DTYPES[spec.kv_dtype], 0, 0) + contiguous(cell, spec).tobytes()
-        return wrap(payload, spec, position)
+        n = exact_tokens(spec, position)
+        rows = self._rows(cell[:, :, n:], spec) if spec.shape[2] > n else None
+        return write_cell(cell[:, :, :n], rows, lambda: cell, spec, position)
 
-    def _steps(self, kv: int, layers: int) -> np.ndarray:
+    def steps(self, kv: int, layers: int) -> np.ndarray:
         """Wanted steps in standard deviations, float64 [row]."""
         return np.repeat(np.array(_SIXTEENTHS[self._level][:kv], np.float64) / 16, layers)
 
-    def _quantised(self, cell: np.ndarray, spec: CellSpec, first_exact: bool) -> bytes | None:
-        """The payload of mode 1; None where a value is not finite, or where it would not be smaller."""
+    def _rows(self, coded: np.ndarray, spec: CellSpec) -> Rows | None:
+        """The coded tokens' rows; None where a value is not finite, or where they would not be smaller."""
         from lmcache_s3.codecs.dtypes import to_float32  # numba and ml_dtypes only where they are needed
         from lmcache_s3.kernels import cachegen_rows
 
         kv, layers, _, _, _ = spec.shape
         most = raw_bytes(spec)
         rows = cachegen_rows.room_for_rows(kv * layers, most // 2, most)
-        coded = cell[:, :, int(first_exact) :]
         if spec.kv_dtype != "bfloat16":
             coded = to_float32(coded, spec.kv_dtype)
-        if not cachegen_rows.encode(rows, self._steps(kv, layers), coded):
-            return None
-        words, escapes = int(rows.word_ends[-1]), int(rows.escape_ends[-1])
-        fixed = _FIXED.pack(VERSION, QUANTISED, first_exact, _DTYPES[spec.kv_dtype], words, escapes)
-        return b"".join(
-            (
-                fixed,
-                contiguous(cell[:, :, :1], spec).tobytes() if first_exact else b"",
-                np.diff(rows.word_ends).astype("<u4").tobytes(),
-                np.diff(rows.escape_ends).astype("<u4").tobytes(),
-                rows.bases.astype("<u2").tobytes(),
-                rows.chosen.tobytes(),
-                rows.states.astype("<u4").tobytes(),
-                rows.words[:words].astype("<u2").tobytes(),
-                rows.escapes[:escapes].tobytes(),
-            )
-        )
+        return rows if cachegen_rows.encode(rows, self.steps(kv, layers), coded) else None
 
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
         check_array(out, spec, what="out")
@@ -117,6 +98,38 @@ class CachegenCodec(KVCodec):
         if rows is not None:
             _decode_rows(rows, spec, out[:, :, n:])
         out[:, :, :n] = exact
+
+
+def exact_tokens(spec: CellSpec, position: CellPosition) -> int:
+    """How many of a cell's first tokens an encoder stores as they are: 1 where the prompt begins."""
+    return int(position.first_token == 0)
+
+
+def write_cell(
+    exact: np.ndarray, rows: Rows | None, whole: Callable[[], np.ndarray], spec: CellSpec, position: CellPosition
+) -> bytes:
+    """The stored cell: its first tokens that are stored as they are, and the others' rows.
+
+    whole: the cell, asked for where it is stored raw: rows None, or not smaller.
+    """
+    dtype = _DTYPES[spec.kv_dtype]
+    if rows is not None:
+        words, escapes = int(rows.word_ends[-1]), int(rows.escape_ends[-1])
+        sections = (
+            _FIXED.pack(VERSION, QUANTISED, exact.shape[2], dtype, words, escapes),
+            contiguous(exact, spec).tobytes(),
+            np.diff(rows.word_ends).astype("<u4").tobytes(),
+            np.diff(rows.escape_ends).astype("<u4").tobytes(),
+            rows.bases.astype("<u2").tobytes(),
+            rows.chosen.tobytes(),
+            rows.states.astype("<u4").tobytes(),
+            rows.words[:words].astype("<u2").tobytes(),
+            rows.escapes[:escapes].tobytes(),
+        )
+        if sum(map(len, sections)) < _FIXED.size + raw_bytes(spec):
+            return wrap(b"".join(sections), spec, position)
+    fixed = _FIXED.pack(VERSION, RAW, 0, dtype, 0, 0)
+    return wrap(fixed + contiguous(whole(), spec).tobytes(), spec, position)
 
 
 def read_cell(data: Buffer, spec: CellSpec, position: CellPosition | None) -> tuple[np.ndarray, Rows | None]:

@@ -7,6 +7,7 @@ Raises `Bug` for arguments that do not fit each other; a cell that cannot be use
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,10 +15,11 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 
+from lmcache_s3.codecs.arrays import storage_dtype
 from lmcache_s3.codecs.base import CellPosition, CellSpec
-from lmcache_s3.codecs.cachegen import read_cell
+from lmcache_s3.codecs.cachegen import CachegenCodec, exact_tokens, read_cell, write_cell
 from lmcache_s3.errors import Bug, Unusable
-from lmcache_s3.kernels import device_cachegen
+from lmcache_s3.kernels import device_cachegen, device_cachegen_encode
 from lmcache_s3.kernels.cachegen_rows import STEP_OUT_OF_RANGE, WHOLE, Rows
 from lmcache_s3.kernels.device_cachegen import Places
 from lmcache_s3.types import Buffer
@@ -72,6 +74,38 @@ def _decode_batch(
             outcomes[i] = Unusable("cachegen: a step out of range", kind="payload")
         elif (of_cell != WHOLE).any():
             outcomes[i] = Unusable("cachegen: a row's stream is not whole", kind="payload")
+
+
+def encode_cachegen(
+    places: Places, spec: CellSpec, positions: Sequence[CellPosition], level: str = "medium"
+) -> list[bytes]:
+    """Stored cells of what lies in device memory, a batch at once: `CachegenCodec(level)`'s bytes."""
+    if len(positions) != places.cells:
+        raise Bug(f"{len(positions)} positions, {places.cells} places", kind="shape")
+    kv, layers, _, heads, channels = spec.shape
+    steps = CachegenCodec(level).steps(kv, layers)
+    batch = max(1, _BATCH_VALUES // (math.prod(spec.shape) * device_cachegen_encode.SCRATCH_BYTES))
+    stored: list[bytes] = []
+    with on(places.addresses.device):
+        for first in range(0, len(positions), batch):
+            which = range(first, min(first + batch, len(positions)))
+            exact = np.array([exact_tokens(spec, positions[i]) for i in which])
+            coded = device_cachegen_encode.encode(
+                places.of(which), (layers, heads, channels), exact == 1, steps, spec.kv_dtype
+            )
+            for i, n, rows in zip(which, exact, coded, strict=True):
+                whole = functools.partial(_take, spec, places, i, spec.shape[2])
+                stored.append(write_cell(_take(spec, places, i, int(n)), rows, whole, spec, positions[i]))
+    return stored
+
+
+def _take(spec: CellSpec, places: Places, cell: int, count: int) -> np.ndarray:
+    """The first `count` tokens of one of the cells, as a new array on the host."""
+    kv, layers, _, heads, channels = spec.shape
+    dtype = storage_dtype(spec)
+    shape = (kv, layers, count, heads, channels)
+    bits = device_cachegen.take(places, cell, count, (heads, channels), dtype.itemsize).cpu().numpy()
+    return bits.view(dtype).reshape(shape)
 
 
 def _place(exact: np.ndarray, places: Places, cell: int) -> None:

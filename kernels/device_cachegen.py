@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lmcache_s3.errors import Bug
-from lmcache_s3.kernels import triton_cachegen, triton_rans
+from lmcache_s3.kernels import triton_cachegen, triton_encode, triton_rans
 from lmcache_s3.kernels.cachegen_rows import Rows
 from lmcache_s3.kernels.paged import PlaneMap
 from lmcache_s3.kernels.quantise import block_of
@@ -27,25 +27,29 @@ from lmcache_s3.kernels.rans_tables import all_tables
 
 STREAMS_IN_FLIGHT = 512
 """Rows that a batch should have at least, to keep a large GPU busy."""
-_TILE = 2048
+TILE_VALUES = 2048
 """Values a program of the elementwise kernels takes."""
 
 
 class Format(NamedTuple):
-    """A kv dtype: bits in all, bits of mantissa, bias of the exponent, its largest number as float32 bits."""
+    """A kv dtype: bits in all, bits of mantissa, bias of the exponent, its largest number as float32 bits.
+
+    infinite: the least magnitude, in its own bits, that is no finite number.
+    """
 
     bits: int
     mantissa: int
     bias: int
     largest: int
+    infinite: int
 
 
 FORMATS = {
-    "bfloat16": Format(16, 7, 127, 0x7F7F0000),
-    "float16": Format(16, 10, 15, 0x477FE000),
-    "float32": Format(32, 23, 127, 0x7F7FFFFF),
-    "float8_e4m3fn": Format(8, 3, 7, 0x43E00000),
-    "float8_e5m2": Format(8, 2, 15, 0x47600000),
+    "bfloat16": Format(16, 7, 127, 0x7F7F0000, 0x7F80),
+    "float16": Format(16, 10, 15, 0x477FE000, 0x7C00),
+    "float32": Format(32, 23, 127, 0x7F7FFFFF, 0x7F800000),
+    "float8_e4m3fn": Format(8, 3, 7, 0x43E00000, 0x7F),
+    "float8_e5m2": Format(8, 2, 15, 0x47600000, 0x7C),
 }
 UNSIGNED = {8: torch.uint8, 16: torch.uint16, 32: torch.uint32}
 
@@ -69,7 +73,7 @@ class Places:
 
     def of(self, cells: Sequence[int]) -> Places:
         """The places of some of the cells."""
-        which = _on(self.addresses.device, np.array(cells, np.int64))
+        which = on_device(self.addresses.device, np.array(cells, np.int64))
         return replace(self, addresses=self.addresses[which], tokens=self.tokens[:, which].contiguous())
 
     @classmethod
@@ -80,7 +84,7 @@ class Places:
         planes = np.add.outer(np.arange(kv) * strides[1], np.arange(layers) * strides[2]).reshape(-1)
         rows = np.add.outer(np.arange(n) * strides[0], planes) * cells.element_size() + cells.data_ptr()
         per_token = np.broadcast_to(np.arange(tokens) * strides[3], (kv, n, tokens))
-        return cls(_on(cells.device, rows), _on(cells.device, per_token), strides[4], (strides[5],) * kv)
+        return cls(on_device(cells.device, rows), on_device(cells.device, per_token), strides[4], (strides[5],) * kv)
 
     @classmethod
     def paged(cls, layers: Sequence[torch.Tensor], blocks: np.ndarray, plane: PlaneMap, heads: range) -> Places | None:
@@ -108,7 +112,7 @@ class Places:
         addresses = np.broadcast_to(np.array(starts * kv, np.int64), (len(blocks), kv * len(layers)))
         tokens = blocks[None, :, :, None].astype(np.int64) * block_stride + offsets[:, None, None, :, 0]
         tokens = tokens.reshape(kv, len(blocks), -1)
-        return cls(_on(view.device, addresses), _on(view.device, tokens), head_stride, strides)
+        return cls(on_device(view.device, addresses), on_device(view.device, tokens), head_stride, strides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +162,14 @@ def upload(
     words = np.concatenate([rows.words[: rows.word_ends[-1]] for rows in cells] + [np.zeros(1, np.uint16)])
     escapes = np.concatenate([rows.escapes[: rows.escape_ends[-1]] for rows in cells] + [np.zeros(1, np.int8)])
     return DeviceRows(
-        _on(device, np.concatenate([rows.bases for rows in cells])),
-        _on(device, np.concatenate([rows.chosen for rows in cells])),
-        _on(device, np.concatenate([rows.states for rows in cells])),
-        _on(device, np.concatenate(([0], np.cumsum(word_counts)))),
-        _on(device, np.concatenate(([0], np.cumsum(escape_counts)))),
-        _on(device, words),
-        _on(device, escapes.view(np.uint8)),
-        _on(device, np.array(exact, np.uint8)),
+        on_device(device, np.concatenate([rows.bases for rows in cells])),
+        on_device(device, np.concatenate([rows.chosen for rows in cells])),
+        on_device(device, np.concatenate([rows.states for rows in cells])),
+        on_device(device, np.concatenate(([0], np.cumsum(word_counts)))),
+        on_device(device, np.concatenate(([0], np.cumsum(escape_counts)))),
+        on_device(device, words),
+        on_device(device, escapes.view(np.uint8)),
+        on_device(device, np.array(exact, np.uint8)),
         kv, layers, tokens, heads, channels,
     )  # fmt: skip
 
@@ -178,8 +182,8 @@ def decode(rows: DeviceRows, places: Places, kv_dtype: str) -> torch.Tensor:
     _check(rows, places)
     device = rows.states.device
     n = rows.states.shape[0]
-    q_stride = _even(rows.tokens * rows.width)
-    side_stride = _even(max(rows.width, rows.tokens * rows.heads))
+    q_stride = padded(rows.tokens * rows.width)
+    side_stride = padded(max(rows.width, rows.tokens * rows.heads))
     codes = torch.empty((n, side_stride), dtype=torch.int8, device=device)
     means = torch.empty((n, side_stride), dtype=torch.int8, device=device)
     q = torch.empty((n, q_stride), dtype=torch.int8, device=device)
@@ -192,7 +196,7 @@ def decode(rows: DeviceRows, places: Places, kv_dtype: str) -> torch.Tensor:
         rows.layers, cell_rows, rows.tokens, rows.heads, rows.width, side_stride, q_stride, num_warps=1,
     )  # fmt: skip
     block = block_of(rows.channels)
-    tile = max(1, _TILE // block)
+    tile = max(1, TILE_VALUES // block)
     tiles = -(-(rows.tokens * rows.width // block) // tile)
     for plane in range(rows.kv):
         triton_cachegen.dequantise[(tiles, rows.cells * rows.layers)](
@@ -214,12 +218,31 @@ def place(source: torch.Tensor, places: Places, cell: int, first: int) -> None:
     kv = places.tokens.shape[0]
     if n != places.addresses.shape[1] or not 0 <= first <= first + count <= places.tokens.shape[2]:
         raise Bug(f"tokens {tuple(source.shape)} at {first} do not fit their places", kind="shape")
-    tiles = -(-(count * heads * channels) // _TILE)
+    tiles = -(-(count * heads * channels) // TILE_VALUES)
     for plane in range(kv if tiles else 0):
         triton_cachegen.place_tokens[(tiles, n // kv)](
             source, places.addresses[cell], places.tokens[plane, cell], plane * (n // kv), first, count,
-            heads, channels, places.head_stride, places.channel_strides[plane], TILE=_TILE,
+            heads, channels, places.head_stride, places.channel_strides[plane], TILE=TILE_VALUES,
         )  # fmt: skip
+
+
+def take(places: Places, cell: int, count: int, shape: tuple[int, int], item_bytes: int) -> torch.Tensor:
+    """The first `count` tokens of one cell as they are: unsigned, [kv · layer, token, head, channel], on the device.
+
+    shape: (heads, channels).
+    """
+    kv, n, (heads, channels) = places.tokens.shape[0], places.addresses.shape[1], shape
+    if not 0 <= count <= places.tokens.shape[2]:
+        raise Bug(f"{count} tokens of {places.tokens.shape[2]}", kind="shape")
+    dtype = UNSIGNED[8 * item_bytes]
+    target = torch.empty((n, count, heads, channels), dtype=dtype, device=places.addresses.device)
+    tiles = -(-(count * heads * channels) // TILE_VALUES)
+    for plane in range(kv if tiles else 0):
+        triton_encode.take_tokens[(tiles, n // kv)](
+            places.addresses[cell], places.tokens[plane, cell], target, plane * (n // kv), 0, count,
+            heads, channels, places.head_stride, places.channel_strides[plane], TILE=TILE_VALUES,
+        )  # fmt: skip
+    return target
 
 
 class DeviceTables(NamedTuple):
@@ -236,7 +259,7 @@ class DeviceTables(NamedTuple):
 @lru_cache(maxsize=16)
 def device_tables(device: torch.device) -> DeviceTables:
     tables = all_tables()
-    return DeviceTables(*(_on(device, getattr(tables, name)) for name in DeviceTables._fields))
+    return DeviceTables(*(on_device(device, getattr(tables, name)) for name in DeviceTables._fields))
 
 
 def _check(rows: DeviceRows, places: Places) -> None:
@@ -247,14 +270,14 @@ def _check(rows: DeviceRows, places: Places) -> None:
 
 
 def _format(kv_dtype: str) -> dict[str, int]:
-    bits, mantissa, bias, largest = FORMATS[kv_dtype]
+    bits, mantissa, bias, largest, _ = FORMATS[kv_dtype]
     return {"BITS": bits, "MANTISSA": mantissa, "BIAS": bias, "LARGEST": largest}
 
 
-def _even(values: int) -> int:
+def padded(values: int) -> int:
     """Room for so many values of one byte and one more, a multiple of 16."""
     return (values + 16) // 16 * 16
 
 
-def _on(device: torch.device, array: np.ndarray) -> torch.Tensor:
+def on_device(device: torch.device, array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(array, order="C")).to(device)

@@ -16,7 +16,7 @@ _MAX_CODE = tl.constexpr(871)
 
 
 @triton.jit
-def _hadamard(y, tile: tl.constexpr, block: tl.constexpr, levels: tl.constexpr):
+def hadamard(y, tile: tl.constexpr, block: tl.constexpr, levels: tl.constexpr):
     """y: float32 [tile, block], block = 2^levels. Sums and differences of (i, i + h), h = block ÷ 2 down to 1.
 
     Each pass takes the index's highest bit out and puts it back as the lowest: after all of them, they stand as before.
@@ -32,19 +32,19 @@ def _narrow(y, bits: tl.constexpr, mantissa: tl.constexpr, bias: tl.constexpr, l
     """float32 → the bits of the format, clipped to its largest number (given as float32 bits), to nearest even."""
     x = y.to(tl.uint32, bitcast=True)
     if bits == 32:
-        return x
-    shift: tl.constexpr = 23 - mantissa
-    sign = (x >> 31) << (bits - 1)
-    a = tl.minimum(x & 0x7FFFFFFF, largest)
-    normal = (a + ((1 << (shift - 1)) - 1) + ((a >> shift) & 1)) >> shift
-    if bias == 127:
-        return (sign | normal).to(tl.uint16)
-    # A number that is added leaves no place for what is below the format's smallest: the sum's low bits count those.
-    magic: tl.constexpr = (127 + 1 - bias - mantissa + 23) << 23
-    sum_ = a.to(tl.float32, bitcast=True) + tl.full([], magic, tl.uint32).to(tl.float32, bitcast=True)
-    small = sum_.to(tl.uint32, bitcast=True) - magic
-    narrow = sign | tl.where(a < ((128 - bias) << 23), small, normal - ((127 - bias) << mantissa))
-    return narrow.to(tl.uint16) if bits == 16 else narrow.to(tl.uint8)
+        narrow = x
+    else:
+        shift: tl.constexpr = 23 - mantissa
+        a = tl.minimum(x & 0x7FFFFFFF, largest)
+        narrow = (a + ((1 << (shift - 1)) - 1) + ((a >> shift) & 1)) >> shift
+        if bias != 127:
+            # The number added leaves no place for what is below the format's smallest: the sum's low bits count those.
+            magic: tl.constexpr = (127 + 1 - bias - mantissa + 23) << 23
+            counted = a.to(tl.float32, bitcast=True) + tl.full([], magic, tl.uint32).to(tl.float32, bitcast=True)
+            small = counted.to(tl.uint32, bitcast=True) - magic
+            narrow = tl.where(a < ((128 - bias) << 23), small, narrow - ((127 - bias) << mantissa))
+        narrow |= (x >> 31) << (bits - 1)
+    return narrow.to(tl.uint32 if bits == 32 else (tl.uint16 if bits == 16 else tl.uint8))
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def dequantise(
     wrong = known & ((code < _MIN_CODE) | (code > _MAX_CODE))
     tl.store(status + row + tl.zeros_like(code), STEP_OUT_OF_RANGE, mask=wrong)
     y = y * ((code & 0x3FF) << 21).to(tl.float32, bitcast=True)
-    narrow = _narrow(_hadamard(y, TILE, BLOCK, LEVELS), BITS, MANTISSA, BIAS, LARGEST)
+    narrow = _narrow(hadamard(y, TILE, BLOCK, LEVELS), BITS, MANTISSA, BIAS, LARGEST)
     place = tl.load(
         places + cell.to(tl.int64) * tokens + uncoded + vector // heads,
         mask=start < (tokens - uncoded) * width,

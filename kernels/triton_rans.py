@@ -15,13 +15,12 @@ LANES = tl.constexpr(32)
 IDLE = tl.constexpr(0x10000)
 WHOLE = tl.constexpr(0)
 NOT_WHOLE = tl.constexpr(1)
-_WIDTHS = tl.constexpr(37)
-_PAIR_WIDTHS = tl.constexpr(24)
-_SYMBOLS = tl.constexpr(33 * 33)
+WIDTHS = tl.constexpr(37)
+PAIR_WIDTHS = tl.constexpr(24)
 
 
 @triton.jit
-def _count_bits(x):
+def count_bits(x):
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -29,7 +28,7 @@ def _count_bits(x):
 
 
 @triton.jit
-def _vote(flags, lanes):
+def vote(flags, lanes):
     """uint32: bit l is set where lane l's flag is."""
     return tl.sum(tl.where(flags, tl.full([LANES], 1, tl.uint32) << lanes, 0), axis=0)
 
@@ -41,7 +40,7 @@ def _decode_run(
     """Decode `count` values of a run into `out` (i8, even address, a spare byte); (states, place, escape_place)."""
     lanes = tl.arange(0, LANES).to(tl.uint32)
     below = (tl.full([LANES], 1, tl.uint32) << lanes) - 1
-    pairs = table % _WIDTHS < _PAIR_WIDTHS
+    pairs = table % WIDTHS < PAIR_WIDTHS
     width = tl.where(pairs, 2, 1)
     symbols = tl.where(pairs, (count + 1) // 2, count)
     slots += table * 4096
@@ -54,21 +53,21 @@ def _decode_run(
         entry = tl.load(slots + (states & 0xFFF))
         state = ((entry >> 12) & 0xFFF) * (states >> 12) + (entry & 0xFFF)
         low = active & (state < IDLE)
-        wanting = _vote(low, lanes)
-        at = place + _count_bits(wanting & below).to(tl.int32)
+        wanting = vote(low, lanes)
+        at = place + count_bits(wanting & below).to(tl.int32)
         word = tl.load(words + at, mask=low & (at < n_words), other=0).to(tl.uint32)
         states = tl.where(active, tl.where(low, (state << 16) | word, state), states)
-        place += _count_bits(wanting).to(tl.int32)
+        place += count_bits(wanting).to(tl.int32)
         symbol = entry >> 24
         value = tl.load(values + symbol)
         escaped = active & (symbol == 0)
-        escaping = _vote(escaped, lanes)
+        escaping = vote(escaped, lanes)
         if escaping != 0:
-            at = escape_place + width * _count_bits(escaping & below).to(tl.int32)
+            at = escape_place + width * count_bits(escaping & below).to(tl.int32)
             a = tl.load(escapes + at, mask=escaped & (at < n_escapes), other=0).to(tl.uint16)
             b = tl.load(escapes + at + 1, mask=escaped & (at + 1 < n_escapes), other=0).to(tl.uint16)
             value = tl.where(escaped, a | (b << 8), value)
-            escape_place += width * _count_bits(escaping).to(tl.int32)
+            escape_place += width * count_bits(escaping).to(tl.int32)
         if pairs:
             tl.store(out_pairs + index, value, mask=active)
         else:

@@ -12,7 +12,7 @@ import torch
 
 from lmcache_s3.codecs.base import CellPosition, CellSpec
 from lmcache_s3.codecs.cachegen import CachegenCodec, read_cell
-from lmcache_s3.codecs.device import decode_cachegen
+from lmcache_s3.codecs.device import decode_cachegen, encode_cachegen
 from lmcache_s3.codecs.dtypes import from_float32
 from lmcache_s3.codecs.header import HEADER_BYTES, wrap
 from lmcache_s3.errors import Unusable
@@ -21,6 +21,7 @@ from lmcache_s3.kernels.paged import PlaneMap
 from lmcache_s3.types import STORAGE_DTYPE, KVDtype
 
 Shape = tuple[int, int, int, int, int]
+UNSIGNED = {name: np.dtype(f"u{np.dtype(stored).itemsize}") for name, stored in STORAGE_DTYPE.items()}
 _UNTOUCHED = 0xA5
 """What memory holds before; what is still there afterwards was not written."""
 
@@ -40,8 +41,8 @@ def position_of(cell: int) -> CellPosition:
 
 def memory(shape: tuple[int, ...], kv_dtype: KVDtype, device: torch.device) -> torch.Tensor:
     """Unsigned integers as wide as the kv dtype's, all of them marked as untouched."""
-    item = np.dtype(STORAGE_DTYPE[kv_dtype]).itemsize
-    return torch.from_numpy(np.full((*shape, item), _UNTOUCHED, np.uint8).view(f"u{item}")[..., 0]).to(device)
+    bits = UNSIGNED[kv_dtype]
+    return torch.from_numpy(np.full((*shape, bits.itemsize), _UNTOUCHED, np.uint8).view(bits)[..., 0]).to(device)
 
 
 def host(tensor: torch.Tensor) -> np.ndarray:
@@ -54,7 +55,7 @@ def decoded_on_cpu(cells: list[bytes], spec: CellSpec) -> np.ndarray:
     out = np.empty((len(cells), *spec.shape), STORAGE_DTYPE[spec.kv_dtype])
     for i, data in enumerate(cells):
         CachegenCodec().decode(data, spec, None, out[i])
-    return out.view(f"u{out.itemsize}")
+    return out.view(UNSIGNED[spec.kv_dtype])
 
 
 def stored_cells(spec: CellSpec, level: str, count: int, seed: int, exponent: int = 0) -> list[bytes]:
@@ -89,7 +90,7 @@ def check_decode_raw(device: torch.device, kv_dtype: KVDtype) -> None:
     """Cells that were stored raw (here for a NaN) beside coded ones."""
     spec = CellSpec((2, 1, 24, 2, 16), kv_dtype)
     broken = some_cell(spec, 1)
-    broken.view(f"u{broken.itemsize}")[0, 0, 2, 0, 3] = (1 << (8 * broken.itemsize - 1)) - 1
+    broken.view(UNSIGNED[kv_dtype])[0, 0, 2, 0, 3] = (1 << (8 * broken.itemsize - 1)) - 1
     codec = CachegenCodec("coarse")
     stored = [codec.encode(broken, spec, position_of(0)), *stored_cells(spec, "coarse", 1, seed=2)]
     out = memory((2, *spec.shape), kv_dtype, device)
@@ -122,6 +123,30 @@ def check_decode_paged(device: torch.device, *, transposed: bool) -> None:
                 values = cells[cell, :, layer, b * slots : (b + 1) * slots, head]
                 wanted[block, first_head + head, plane.index.reshape(-1)] = values.reshape(-1)
         assert np.array_equal(host(view).reshape(wanted.shape), wanted), f"layer {layer}: other bits than the CPU's"
+
+
+def check_encode(
+    device: torch.device,
+    shape: Shape,
+    kv_dtype: KVDtype = "bfloat16",
+    *,
+    level: str = "medium",
+    exponent: int = 0,
+) -> None:
+    """From an array whose axes lie in another order: the CPU's bytes, of cells that are coded and one that is raw."""
+    spec = CellSpec(shape, kv_dtype)
+    kv, layers, tokens, heads, channels = shape
+    cells = [some_cell(spec, seed, exponent).view(UNSIGNED[kv_dtype]) for seed in range(3)]
+    cells[2][0, 0, 0, 0, 0] = (1 << (8 * cells[2].itemsize - 1)) - 1  # NaN
+    whole = memory((layers, 3, heads, tokens, kv, channels + 3), kv_dtype, device)
+    there = whole[..., :channels].permute(1, 4, 0, 3, 2, 5)
+    there.copy_(torch.from_numpy(np.stack(cells)))
+    positions = [position_of(1), position_of(0), position_of(1)]
+    stored = encode_cachegen(Places.dense(there), spec, positions, level)
+    assert [read_cell(data, spec, None)[1] is None for data in stored] == [False, False, True]
+    for cell, position, data in zip(cells, positions, stored, strict=True):
+        wanted = CachegenCodec(level).encode(cell.view(STORAGE_DTYPE[kv_dtype]), spec, position)
+        assert data == wanted, f"{spec}, {level}: other bytes than the CPU's"
 
 
 def check_damage(device: torch.device, mutations: int, seed: int = 0) -> None:

@@ -1,0 +1,76 @@
+"""Compiles the Triton kernels for GPUs that are not here, and reads what came out: Triton brings its own assembler.
+
+The interpreter shows that kernels compute the right bits as they are written; this, that compilers take them, and that
+no multiplication and addition were fused, which would change bits. Must run where Triton does not interpret. Raises
+`AssertionError`.
+"""
+
+from __future__ import annotations
+
+import re
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lmcache_s3.kernels import triton_cachegen, triton_encode, triton_rans
+from lmcache_s3.kernels.device_cachegen import FORMATS, TILE_VALUES
+
+_POINTERS = {
+    "states": "*u32", "words": "*u16", "word_ends": "*i64", "escapes": "*u8", "escape_ends": "*i64", "chosen": "*u8",
+    "exact": "*u8", "slots": "*u32", "values": "*u16", "codes": "*i8", "means": "*i8", "mean_codes": "*i8", "q": "*i8",
+    "status": "*i32", "bases": "*i32", "addresses": "*i64", "places": "*i64", "source": "*u16", "target": "*u16",
+    "y": "*fp32", "wanted": "*fp64", "steps": "*fp64", "failed": "*i32", "costs": "*u32", "symbols": "*u8",
+    "frequencies": "*u32", "starts": "*u32", "n_words": "*i32", "n_escapes": "*i32", "ends": "*i64", "packed": "*u16",
+}  # fmt: skip
+"""Argument → type; the others are i32 (as most are: those above 2³¹ are compiled for i64)."""
+_SHAPE = {"heads": 8, "channels": 128}
+_BLOCKS = {"BLOCK": 128, "LEVELS": 7, "TILE": TILE_VALUES // 128}
+
+
+def check_compiles(capability: int, kv_dtype: str = "bfloat16") -> None:
+    """Every kernel for NVIDIA GPUs of a compute capability (80: A100, 90: H100), cells of 8 heads of 128 channels."""
+    form = FORMATS[kv_dtype]
+    narrow = {"BITS": form.bits, "MANTISSA": form.mantissa, "BIAS": form.bias}
+    text = _ptx(triton_rans.decode_rows, {}, capability, warps=1)
+    assert "redux.sync" in text, "lanes vote by shuffles: slow"
+    for plane in (False, True):
+        in_plane = {"PER_TOKEN": plane, "channel_stride": 1}
+        _ptx(
+            triton_cachegen.dequantise,
+            {**_SHAPE, **_BLOCKS, **narrow, "LARGEST": form.largest, **in_plane},
+            capability,
+        )
+        _ptx(triton_encode.quantise, {**_SHAPE, "TILE": TILE_VALUES, "PER_TOKEN": plane}, capability)
+    _ptx(triton_cachegen.place_tokens, {"TILE": TILE_VALUES}, capability)
+    _ptx(triton_encode.take_tokens, {"TILE": TILE_VALUES}, capability)
+    _ptx(triton_encode.transform, {**_SHAPE, **_BLOCKS, **narrow, "INFINITE": form.infinite}, capability)
+    means = {"means": "*fp64"}
+    _ptx(triton_encode.channel_steps, {"width": 1024, "TILE": 128}, capability, types=means)
+    _ptx(triton_encode.token_steps, {**_SHAPE, "TILE": 128}, capability, types=means)
+    _ptx(triton_encode.code_steps, {"TILE": 1024}, capability, types=means)
+    _ptx(triton_encode.choose_tables, {"TILE": 1024, "TOGETHER": 16}, capability)
+    _ptx(triton_encode.encode_rows, {}, capability, warps=1)
+    _ptx(triton_encode.pack, {"TILE": 1024}, capability)
+
+
+def _ptx(
+    kernel: triton.JITFunction,
+    constants: dict[str, int],
+    capability: int,
+    *,
+    warps: int = 4,
+    types: dict[str, str] | None = None,
+) -> str:
+    known = {**_POINTERS, **(types or {})}
+    signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, values),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": warps, "enable_fp_fusion": False},
+    )
+    text = str(compiled.asm["ptx"])
+    lines = [line for line in text.splitlines() if re.search(r"\bfma\.|\.ftz|\.approx|\.full\.", line)]
+    assert not lines, f"{kernel.__name__}: {lines[:3]} would change bits"
+    return text
