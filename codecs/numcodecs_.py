@@ -108,3 +108,7 @@ class LosslessNumcodec(NumcodecsKVCodec):
 
 class CachegenNumcodec(NumcodecsKVCodec):
     kv_codec_id, codec_id = "cachegen", "lmcache_s3.cachegen"
+
+
+class TransformNumcodec(NumcodecsKVCodec):
+    kv_codec_id, codec_id = "transform", "lmcache_s3.transform"

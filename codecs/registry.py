@@ -19,6 +19,7 @@ _CLASSES: dict[str, tuple[str, str]] = {
     "safetensors": ("lmcache_s3.codecs.safetensors_", "SafetensorsCodec"),
     "lossless": ("lmcache_s3.codecs.lossless", "LosslessCodec"),
     "cachegen": ("lmcache_s3.codecs.cachegen", "CachegenCodec"),
+    "transform": ("lmcache_s3.codecs.transform", "TransformCodec"),
 }
 CODEC_IDS: tuple[str, ...] = tuple(_CLASSES)
 """Every codec there is."""

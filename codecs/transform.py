@@ -3,12 +3,7 @@
 Keys are turned back by their rotary position, an offline mean is taken off, and the values of a *unit* (layers × heads
 of K, V or both) become coefficients that are nearly independent and of which one global step costs the model about the
 same each. Transform, tables and units come from a calibration (`calibration.py`), which each cell names: a codec made
-with defaults decodes every cell whose calibration `calibrations.py` can find. FORMAT.md §7.3 has the payload's bytes:
-
-    0   1  version, 1                                 4  32  digest of the calibration
-    1   1  mode: 0 raw, 1 coded                      36   4  number of (unit, token) listed as exact
-    2   1  kv dtype, 1 to 5                          40   4  number of words
-    3   1  level, in the calibration's order         44   4  number of values of escapes
+with defaults decodes every cell whose calibration `calibrations.py` can find. FORMAT.md §7.3.
 
 What is exact: token 0 of the prompt, which attention leans on most, and a token in a unit where a coefficient is out of
 reach or not finite. A cell that would not become smaller is stored raw. Decoding gives the same bits on every machine;
@@ -20,31 +15,30 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from lmcache_s3.codecs import calibrations
 from lmcache_s3.codecs.arrays import check_array, contiguous, raw_bytes, storage_dtype
 from lmcache_s3.codecs.base import JSON, CellPosition, CellSpec, KVCodec
-from lmcache_s3.codecs.calibration import REACH, Calibration, Unit
+from lmcache_s3.codecs.calibration import REACH, Calibration
 from lmcache_s3.codecs.header import HEADER_BYTES, said_position, unwrap, wrap
+from lmcache_s3.codecs.transform_layout import Layout, Placed, layout_of
+from lmcache_s3.codecs.transform_payload import (
+    FIXED_BYTES,
+    RAW,
+    Coded,
+    Fixed,
+    Parts,
+    put_together,
+    read_fixed,
+    read_sections,
+)
 from lmcache_s3.errors import Invalid, Unusable
 from lmcache_s3.types import Buffer
 
-if TYPE_CHECKING:
-    from lmcache_s3.kernels.transform_streams import Streams
-
-VERSION = 1
-RAW, CODED = 0, 1
-MAX_FIRST_TOKEN = 1 << 48
-_FIXED = struct.Struct("<BBBB32sIII")
-_LANES = 32
-_DTYPES: dict[str, int] = {"bfloat16": 1, "float16": 2, "float32": 3, "float8_e4m3fn": 4, "float8_e5m2": 5}
 _LEVEL = re.compile(r"[a-z0-9_]{1,32}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -82,7 +76,7 @@ class TransformCodec(KVCodec):
         return level.kl if level is not None else None
 
     def max_encoded_bytes(self, spec: CellSpec) -> int:
-        return HEADER_BYTES + _FIXED.size + raw_bytes(spec)
+        return HEADER_BYTES + FIXED_BYTES + raw_bytes(spec)
 
     # --- encoding
 
@@ -96,13 +90,12 @@ class TransformCodec(KVCodec):
             )
         calibration = calibrations.find(self._digest)
         level = [one.name for one in calibration.levels].index(self._known_level(calibration))
-        layout = _layout(calibration, spec, position)
+        layout = layout_of(calibration, spec, position)
         if isinstance(layout, str):
             raise Invalid(layout, kind="argument")
         payload = _coded(calibration, layout, level, cell, spec, position.first_token)
-        if payload is None or len(payload) >= _FIXED.size + raw_bytes(spec):
-            fixed = (VERSION, RAW, _DTYPES[spec.kv_dtype], level, bytes.fromhex(self._digest), 0, 0, 0)
-            payload = _FIXED.pack(*fixed) + contiguous(cell, spec).tobytes()
+        if payload is None or len(payload) >= FIXED_BYTES + raw_bytes(spec):
+            payload = Fixed(RAW, level, self._digest).pack(spec.kv_dtype) + contiguous(cell, spec).tobytes()
         return wrap(payload, spec, position)
 
     def _known_level(self, calibration: Calibration) -> str:
@@ -121,105 +114,18 @@ class TransformCodec(KVCodec):
         check_array(out, spec, what="out")
         payload = unwrap(data, spec, position, max_bytes=self.max_encoded_bytes(spec))
         position = said_position(data)
-        if len(payload) < _FIXED.size:
-            raise Unusable("transform payload is shorter than its fixed part", kind="truncated")
-        version, mode, dtype, level, digest, listed, words, escapes = _FIXED.unpack_from(payload)
-        if version != VERSION or mode not in (RAW, CODED):
-            raise Unusable(f"transform payload of version {version}, mode {mode}", kind="payload")
-        if dtype != _DTYPES[spec.kv_dtype]:
-            raise Unusable(f"transform payload of dtype {dtype}, wanted {spec.kv_dtype}", kind="shape")
-        body = payload[_FIXED.size :]
-        if mode == RAW:
-            if listed or words or escapes or len(body) != raw_bytes(spec):
-                raise Unusable(f"raw transform payload of {len(body)} bytes", kind="payload")
+        fixed, body = read_fixed(payload, spec)
+        if fixed.mode == RAW:
             np.copyto(out, np.frombuffer(body, storage_dtype(spec)).reshape(spec.shape))
             return
-        calibration = calibrations.find(digest.hex())
-        layout = _layout(calibration, spec, position)
+        calibration = calibrations.find(fixed.calibration)
+        layout = layout_of(calibration, spec, position)
         if isinstance(layout, str):
             raise Unusable(layout, kind="calibration")
-        if level >= len(calibration.levels):
-            raise Unusable(f"transform level {level} of {len(calibration.levels)}", kind="payload")
-        parts = _sections(body, layout, spec, position.first_token == 0, listed, words, escapes)
-        _decode(calibration, layout, level, parts, spec, position.first_token, out)
-
-
-# --- which units a cell holds
-
-
-@dataclass(frozen=True, slots=True)
-class _Placed:
-    """A unit in a cell. layers, heads: where in the cell. first_stream, streams: which of the cell's it is coded in."""
-
-    unit: Unit
-    layers: slice
-    heads: slice
-    first_stream: int
-    streams: int
-
-    def box(self, cell: np.ndarray) -> np.ndarray:
-        """A view of the unit's part of a cell, [plane, layer, token, head, channel]."""
-        planes = slice(self.unit.planes[0], self.unit.planes[-1] + 1)
-        return cell[planes, self.layers, :, self.heads]
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    units: tuple[_Placed, ...]
-    streams: int
-
-
-@lru_cache(maxsize=256)
-def _units_in(calibration: Calibration, first_layer: int, layers: int, first_head: int, heads: int) -> _Layout | None:
-    """The units of a box, None where it cuts one. Streams are numbered as the units come."""
-    placed: list[_Placed] = []
-    streams = 0
-    for unit in calibration.units:
-        layer, head = unit.first_layer - first_layer, unit.first_head - first_head
-        if layer + unit.layers <= 0 or layer >= layers or head + unit.heads <= 0 or head >= heads:
-            continue
-        if layer < 0 or layer + unit.layers > layers or head < 0 or head + unit.heads > heads:
-            return None
-        opened = unit.streams or int(streams == 0)
-        first = streams if opened else streams - 1
-        streams += opened
-        of_layers, of_heads = slice(layer, layer + unit.layers), slice(head, head + unit.heads)
-        placed.append(_Placed(unit, of_layers, of_heads, first, max(opened, 1)))
-    if sum(one.unit.vectors for one in placed) != calibration.kv * layers * heads:
-        return None
-    return _Layout(tuple(placed), streams)
-
-
-def _layout(calibration: Calibration, spec: CellSpec, position: CellPosition) -> _Layout | str:
-    """The units of a cell, or why the calibration does not fit it."""
-    kv, layers, tokens, heads, channels = spec.shape
-    first_layer, first_head = position.first_layer, position.first_head
-    which = (
-        f"calibration {calibration.digest[:12]}… is of {calibration.kv_dtype}[{calibration.kv}, {calibration.layers} "
-    )
-    which += f"layers, {calibration.heads} heads, {calibration.head_dim}]"
-    if (
-        (kv, channels, spec.kv_dtype) != (calibration.kv, calibration.head_dim, calibration.kv_dtype)
-        or first_layer + layers > calibration.layers
-        or first_head + heads > calibration.heads
-    ):
-        return (
-            f"{which}; a cell of {spec.kv_dtype}[{kv}, {layers} layers from {first_layer}, {heads} heads from "
-            f"{first_head}, {channels}] is no part of that"
-        )
-    if tokens > 1 << 16 or position.first_token > MAX_FIRST_TOKEN:
-        return f"codec transform codes no {tokens} tokens at {position.first_token}"
-    layout = _units_in(calibration, first_layer, layers, first_head, heads)
-    if layout is None:
-        widest = max(unit.layers for unit in calibration.units), max(unit.heads for unit in calibration.units)
-        return (
-            f"{which} in units of {widest[0]} layers × {widest[1]} heads; layers {first_layer} … "
-            f"{first_layer + layers - 1}, heads {first_head} … {first_head + heads - 1} cut them: calibrate for that"
-        )
-    return layout
-
-
-# --- a cell's coefficients
+        if fixed.level >= len(calibration.levels):
+            raise Unusable(f"transform level {fixed.level} of {len(calibration.levels)}", kind="payload")
+        parts = read_sections(body, fixed, layout, spec, position.first_token == 0)
+        _decode(calibration, layout, fixed.level, parts, spec, position.first_token, out)
 
 
 def _rotation(calibration: Calibration, first_token: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -229,9 +135,9 @@ def _rotation(calibration: Calibration, first_token: int, tokens: int) -> tuple[
 
 
 def _coefficients(
-    placed: _Placed, cell: np.ndarray, spec: CellSpec, cosine: np.ndarray, sine: np.ndarray, level: int, step: float
+    placed: Placed, cell: np.ndarray, spec: CellSpec, cosine: np.ndarray, sine: np.ndarray, level: int, step: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(bool [token]: values are finite and coefficients within reach; those, float32 [token, coefficient of the level])."""
+    """(bool [token]: values are finite, coefficients within reach; those, float32 [token, coefficient])."""
     from lmcache_s3.codecs.dtypes import to_float32  # numba and ml_dtypes only where they are needed
 
     unit = placed.unit
@@ -256,7 +162,7 @@ def _coefficients(
 
 
 def _coded(
-    calibration: Calibration, layout: _Layout, level: int, cell: np.ndarray, spec: CellSpec, first_token: int
+    calibration: Calibration, layout: Layout, level: int, cell: np.ndarray, spec: CellSpec, first_token: int
 ) -> bytes | None:
     """The payload of mode 1; None where it would not be smaller than the raw cell."""
     from lmcache_s3.kernels.rans_tables import all_tables
@@ -291,24 +197,11 @@ def _coded(
             quantised[u], tokens - int(exact[u].sum()), all_tables(), placed.unit.tables[level], placed.first_stream,
             placed.streams, states, words, starts, place, escapes, escape_starts, escape_place,
         )  # fmt: skip
-    exact[:, : int(first_token == 0)] = False
-    listed = np.flatnonzero(exact)
-    entries = (listed // tokens << 16) + listed % tokens
-    fixed = (VERSION, CODED, _DTYPES[spec.kv_dtype], level, bytes.fromhex(calibration.digest))
-    return b"".join(
-        (
-            _FIXED.pack(*fixed, entries.size, room - place, room - escape_place),
-            entries.astype("<u4").tobytes(),
-            bits,
-            _write_counts(np.diff(starts), np.diff(escape_starts)),
-            states.astype("<u4").tobytes(),
-            words[place:].astype("<u2").tobytes(),
-            escapes[escape_place:].tobytes(),
-        )
-    )
+    coded = Coded(exact, bits, states, np.diff(starts), np.diff(escape_starts), words[place:], escapes[escape_place:])
+    return put_together(coded, calibration.digest, level, spec.kv_dtype, first_token == 0)
 
 
-def _exact_bits(layout: _Layout, cell: np.ndarray, spec: CellSpec, exact: np.ndarray) -> bytes:
+def _exact_bits(layout: Layout, cell: np.ndarray, spec: CellSpec, exact: np.ndarray) -> bytes:
     """Bits of exact tokens, [token, plane, layer, head, channel] of each unit, units one after another."""
     parts = []
     for u in np.flatnonzero(exact.any(axis=1)):
@@ -317,90 +210,11 @@ def _exact_bits(layout: _Layout, cell: np.ndarray, spec: CellSpec, exact: np.nda
     return b"".join(parts)
 
 
-def _write_counts(words: np.ndarray, escapes: np.ndarray) -> bytes:
-    """Words and escapes of each stream, seven bits a byte from the lowest, all but a number's last byte with bit 7."""
-    out = bytearray()
-    for pair in zip(words.tolist(), escapes.tolist(), strict=True):
-        for number in pair:
-            while number > 0x7F:
-                out.append(number & 0x7F | 0x80)
-                number >>= 7
-            out.append(number)
-    return bytes(out)
-
-
-def _read_counts(data: memoryview, streams: int) -> tuple[np.ndarray, int]:
-    """(int64 [stream, 2], bytes read). Raises `Unusable`."""
-    counts: list[int] = []
-    number = shift = at = 0
-    while len(counts) < 2 * streams:
-        if at >= len(data) or shift > 28:
-            raise Unusable("transform: counts that do not end", kind="payload")
-        number |= (data[at] & 0x7F) << shift
-        shift += 7
-        if data[at] < 0x80:
-            counts.append(number)
-            number = shift = 0
-        at += 1
-    return np.array(counts, np.int64).reshape(-1, 2), at
-
-
-# --- a cell's sections
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """exact: bool [unit, token]. bits: of exact tokens, as `_exact_bits` has them."""
-
-    exact: np.ndarray
-    bits: np.ndarray
-    streams: Streams
-
-
-def _sections(
-    body: memoryview, layout: _Layout, spec: CellSpec, first_exact: bool, listed: int, words: int, escapes: int
-) -> _Parts:
-    """A coded payload cut into its sections, each checked against what is there. Raises `Unusable`."""
-    from lmcache_s3.kernels.transform_streams import streams_of
-
-    units, tokens = len(layout.units), spec.shape[2]
-    at = 0
-
-    def take(dtype: np.dtype | str, *shape: int) -> np.ndarray:
-        nonlocal at
-        size = np.dtype(dtype).itemsize * math.prod(shape)
-        if size > len(body) - at:
-            raise Unusable(f"transform sections need {size} bytes where {len(body) - at} are left", kind="payload")
-        # bytes(): aligned, so that the kernels see ordinary arrays; sections are small beside the decoded cell.
-        cut = np.frombuffer(bytes(body[at : at + size]), dtype).reshape(shape)
-        at += size
-        return cut
-
-    exact = np.zeros((units, tokens), bool)
-    entries = take("<u4", listed).astype(np.int64)
-    of, token = entries >> 16, entries & 0xFFFF
-    if (np.diff(entries) <= 0).any() or (of >= units).any() or (token >= tokens).any() or (token < first_exact).any():
-        raise Unusable("transform: its list of exact tokens is out of order", kind="payload")
-    exact[:, : int(first_exact)] = True
-    exact[of, token] = True
-    widths = np.array([placed.unit.mean.size for placed in layout.units], np.int64)
-    bits = take(storage_dtype(spec), int((exact.sum(axis=1) * widths).sum()))
-    counts, size = _read_counts(body[at:], layout.streams)
-    at += size
-    if tuple(counts.sum(axis=0)) != (words, escapes):
-        raise Unusable("transform streams do not add up to the payload's words and escapes", kind="payload")
-    states = take("<u4", layout.streams, _LANES)
-    streams = streams_of(states, take("<u2", words), counts, take("i1", escapes))
-    if at != len(body):
-        raise Unusable(f"transform payload with {len(body) - at} bytes too many", kind="payload")
-    return _Parts(exact, bits, streams)
-
-
 def _decode(
     calibration: Calibration,
-    layout: _Layout,
+    layout: Layout,
     level: int,
-    parts: _Parts,
+    parts: Parts,
     spec: CellSpec,
     first_token: int,
     out: np.ndarray,
@@ -453,7 +267,7 @@ class _Target:
 
     def write(
         self,
-        placed: _Placed,
+        placed: Placed,
         scaled: tuple[np.ndarray, ...],
         rotation: tuple[np.ndarray, np.ndarray],
         entries: np.ndarray,

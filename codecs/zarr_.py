@@ -100,3 +100,7 @@ class LosslessZarr(ZarrKVCodec):
 
 class CachegenZarr(ZarrKVCodec):
     codec_id: ClassVar[str] = "cachegen"
+
+
+class TransformZarr(ZarrKVCodec):
+    codec_id: ClassVar[str] = "transform"

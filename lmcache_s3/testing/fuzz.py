@@ -15,13 +15,13 @@ import numpy as np
 
 from lmcache_s3.codecs.base import CellPosition, CellSpec
 from lmcache_s3.codecs.header import HEADER_BYTES
-from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.errors import Unusable
+from lmcache_s3.testing.calibrations import encoder
 from lmcache_s3.testing.extents import random_bits
 from lmcache_s3.types import KVDtype
 
 POSITION = CellPosition(bytes(range(16)), 0, 2, 1)
-SHAPE = (2, 2, 8, 2, 4)
+SHAPE = (2, 2, 24, 2, 8)
 QUICK_DTYPES: tuple[KVDtype, ...] = ("bfloat16", "float8_e4m3fn")
 _NUMBERS = (0, 1, 2**7, 2**15, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
 
@@ -78,9 +78,10 @@ def count_untyped(codec_id: str, rounds: int, seed: int) -> int:
 
 
 def _untyped(codec_id: str, rounds: int, seed: int, dtypes: tuple[KVDtype, ...]) -> Iterator[BaseException]:
-    rng, codec = np.random.default_rng(seed), make_codec(codec_id)
+    rng = np.random.default_rng(seed)
     for i, kv_dtype in enumerate(dtypes):
         spec = CellSpec(SHAPE, kv_dtype)
+        codec = encoder(codec_id, spec, POSITION)
         stored = codec.encode(random_bits(spec.shape, kv_dtype, rng), spec, POSITION)
         out = random_bits(spec.shape, kv_dtype, rng)
         share = rounds // len(dtypes) + (i < rounds % len(dtypes))

@@ -12,7 +12,7 @@ import pytest
 from lmcache_s3.codecs.registry import CODEC_IDS
 from lmcache_s3.testing.fuzz import count_untyped, fuzz
 
-QUICK = {"fast": 6000, "torch": 3000, "safetensors": 5000, "lossless": 6000, "cachegen": 6000}
+QUICK = {"fast": 6000, "torch": 3000, "safetensors": 5000, "lossless": 6000, "cachegen": 6000, "transform": 6000}
 SLOW_FACTOR = 12
 
 

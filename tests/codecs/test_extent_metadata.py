@@ -11,6 +11,7 @@ import pytest
 from lmcache_s3.codecs.registry import CODEC_IDS, make_codec
 from lmcache_s3.errors import Invalid
 from lmcache_s3.extent import array_metadata, build_shard, record_from_metadata, shard_index
+from lmcache_s3.testing.calibrations import model_encoder
 from lmcache_s3.testing.extents import SPACE_ID, make_extent
 from lmcache_s3.types import Geometry, Grid
 
@@ -83,14 +84,16 @@ def test_no_token_ids_and_no_text_in_it() -> None:
 @pytest.mark.parametrize("kv", [1, 2])
 def test_the_record_comes_back(codec_id: str, grid: Grid, kv: int) -> None:
     geometry = Geometry(kv, 4, 4, 8, "float16", 8)
-    made = make_extent(make_codec(codec_id), geometry, grid, 3, first_token=8)
+    codec = model_encoder(codec_id, geometry)
+    made = make_extent(codec, geometry, grid, 3, first_token=8)
     read = record_from_metadata(made.objects["zarr.json"], name=made.record.name, space_id=SPACE_ID)
     assert read.record == made.record
     assert read.geometry == geometry
-    assert (read.codec.id, read.codec.config) == (codec_id, make_codec(codec_id).config)
+    assert (read.codec.id, read.codec.config) == (codec_id, codec.config)
     assert (read.writer, read.space_id) == ("test", SPACE_ID)
-    assert read.fidelity == ("exact" if read.codec.exact else "unmeasured-cachegen-medium")
-    assert read.measured_kl == (0.0 if read.codec.exact else None)
+    fidelity = "exact" if read.codec.exact else f"unmeasured-{codec_id}-{codec.level}"
+    kl = {"cachegen": None, "transform": 0.0625}.get(codec_id, 0.0)
+    assert (read.fidelity, read.measured_kl) == (fidelity, kl)
 
 
 def test_a_shard_is_its_cells_and_a_zarr_index() -> None:

@@ -68,7 +68,7 @@ def test_bounds_that_are_none(bound: float) -> None:
 def test_the_registry_and_fast_stay_light() -> None:
     code = (
         "import sys, lmcache_s3.codecs.registry as r, lmcache_s3.extent\n"
-        "r.make_codec('fast'); r.make_codec('lossless'); r.make_codec('cachegen')\n"
+        "r.make_codec('fast'); r.make_codec('lossless'); r.make_codec('cachegen'); r.make_codec('transform')\n"
         "heavy = {'torch', 'numba', 'zarr', 'safetensors', 'ml_dtypes'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -20,12 +20,14 @@ from zarr.abc.codec import SupportsSyncCodec
 from zarr.core.array_spec import ArrayConfig
 from zarr.core.buffer import cpu, default_buffer_prototype
 
+from lmcache_s3.codecs import calibrations
 from lmcache_s3.codecs.base import CellPosition, CellSpec
 from lmcache_s3.codecs.dtypes import TRUE_DTYPE
 from lmcache_s3.codecs.registry import CODEC_IDS, make_codec
 from lmcache_s3.codecs.zarr_ import SafetensorsZarr
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Missing, Unusable
 from lmcache_s3.extent import open_extent
+from lmcache_s3.testing.calibrations import model_encoder
 from lmcache_s3.testing.extents import MadeExtent, make_extent, random_bits
 from lmcache_s3.types import STORAGE_DTYPE, Geometry, Grid, KVDtype
 
@@ -61,6 +63,23 @@ def geometry(kv_dtype: KVDtype, kv: int = 2) -> Geometry:
     return Geometry(kv, 4, 4, 16, kv_dtype, 16)
 
 
+MLA = Geometry(1, 4, 4, 16, "bfloat16", 16)
+
+
+def extent_of(codec_id: str, geometry: Geometry, grid: Grid, n_chunks: int) -> MadeExtent:
+    return make_extent(model_encoder(codec_id, geometry), geometry, grid, n_chunks)
+
+
+def keep_calibrations(codec_id: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other processes look for what `extent_of` needs, as if they had been fetched before."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+    folder = home / "lmcache-s3" / "calibrations"
+    folder.mkdir(parents=True)
+    for of in [MLA, *(geometry(kv_dtype) for kv_dtype in DTYPES)] if codec_id == "transform" else []:
+        calibration = calibrations.find(str(model_encoder(codec_id, of).config["calibration"]))
+        (folder / f"{calibration.digest}.safetensors").write_bytes(calibration.to_bytes())
+
+
 def read_elsewhere(extents: dict[Path, MadeExtent], *, prelude: str = "", postlude: str = "") -> None:
     """Read all of them in one fresh interpreter; leaves read.npy beside each."""
     for directory, extent in extents.items():
@@ -89,13 +108,16 @@ def decoded_by_the_codec(extent: MadeExtent) -> np.ndarray:
 
 
 @pytest.mark.parametrize("codec_id", CODEC_IDS)
-def test_plain_zarr_in_another_process_reads_every_grid_and_dtype(codec_id: str, tmp_path: Path) -> None:
+def test_plain_zarr_in_another_process_reads_every_grid_and_dtype(
+    codec_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     codec = make_codec(codec_id)
+    keep_calibrations(codec_id, tmp_path / "home", monkeypatch)
     extents = {
-        tmp_path / f"{grid.stages}-{grid.head_groups}-{kv_dtype}": make_extent(codec, geometry(kv_dtype), grid, 2)
+        tmp_path / f"{grid.stages}-{grid.head_groups}-{kv_dtype}": extent_of(codec_id, geometry(kv_dtype), grid, 2)
         for grid, kv_dtype in CASES
     }
-    extents[tmp_path / "mla"] = make_extent(codec, Geometry(1, 4, 4, 16, "bfloat16", 16), Grid(2, 1), 2)
+    extents[tmp_path / "mla"] = extent_of(codec_id, MLA, Grid(2, 1), 2)
     loaded_lazily = f"assert ('lmcache_s3' in sys.modules) == {codec_id != 'fast'}"
     read_elsewhere(extents, prelude="assert 'lmcache_s3' not in sys.modules", postlude=loaded_lazily)
     for directory, extent in extents.items():
@@ -133,7 +155,7 @@ def test_zarrs_own_write_of_fast_is_byte_identical(kv_dtype: KVDtype, grid: Grid
 
 @pytest.mark.parametrize("codec_id", CODEC_IDS)
 def test_our_metadata_is_what_zarr_would_write(codec_id: str, tmp_path: Path) -> None:
-    extent = make_extent(make_codec(codec_id), geometry("bfloat16"), Grid(2, 2), 3).write(tmp_path)
+    extent = extent_of(codec_id, geometry("bfloat16"), Grid(2, 2), 3).write(tmp_path)
     ours = json.loads((extent / "zarr.json").read_bytes())
     zarr.open_array(extent, mode="r+").update_attributes({})
     theirs = json.loads((extent / "zarr.json").read_bytes())
@@ -143,7 +165,7 @@ def test_our_metadata_is_what_zarr_would_write(codec_id: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("codec_id", [id for id in CODEC_IDS if id != "fast"])
 def test_writing_through_zarr_is_refused(codec_id: str, tmp_path: Path) -> None:
-    extent = make_extent(make_codec(codec_id), geometry("bfloat16"), Grid(), 2).write(tmp_path)
+    extent = extent_of(codec_id, geometry("bfloat16"), Grid(), 2).write(tmp_path)
     array = zarr.open_array(extent, mode="r+")
     with pytest.raises(Invalid, match=r"only lmcache_s3\.Cache writes"):
         array[...] = 1
@@ -151,7 +173,7 @@ def test_writing_through_zarr_is_refused(codec_id: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("codec_id", CODEC_IDS)
 def test_plain_zarr_raises_on_a_flipped_bit(codec_id: str, tmp_path: Path) -> None:
-    made = make_extent(make_codec(codec_id), geometry("bfloat16"), Grid(), 2)
+    made = extent_of(codec_id, geometry("bfloat16"), Grid(), 2)
     path = made.write(tmp_path) / "c/0/0/0/0/0"
     data = bytearray(path.read_bytes())
     data[made.record.cells(0)[1].offset + 100] ^= 4
@@ -220,7 +242,7 @@ class TestOpenExtent:
     @pytest.mark.s3
     @pytest.mark.parametrize("codec_id", ["fast", "cachegen"])
     def test_from_a_real_s3_server(self, codec_id: str, bucket_url: str) -> None:
-        made = make_extent(make_codec(codec_id), geometry("bfloat16"), Grid(2, 2), 2)
+        made = extent_of(codec_id, geometry("bfloat16"), Grid(2, 2), 2)
         bucket, prefix = bucket_url.removeprefix("s3://").split("/", 1)
         client = boto3.client("s3")
         for path, data in made.objects.items():
@@ -253,7 +275,7 @@ class TestOpenExtent:
 
     @pytest.mark.parametrize("codec_id", CODEC_IDS)
     def test_damage_is_one_of_our_errors(self, codec_id: str, tmp_path: Path) -> None:
-        made = make_extent(make_codec(codec_id), geometry("bfloat16"), Grid(), 2)
+        made = extent_of(codec_id, geometry("bfloat16"), Grid(), 2)
         path = made.write(tmp_path) / "c/0/0/0/0/0"
         data = bytearray(path.read_bytes())
         data[70] ^= 1

@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from lmcache_s3.codecs import calibrations
 from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.cachegen import LEVELS
+from lmcache_s3.codecs.calibration import Calibration
 from lmcache_s3.codecs.dtypes import from_float32
 from lmcache_s3.codecs.registry import CODEC_IDS, make_codec
+from lmcache_s3.testing.calibrations import made_calibration
 from lmcache_s3.testing.extents import make_extent
 from lmcache_s3.types import FORMAT_VERSION, Geometry, Grid, KVDtype
 
@@ -40,8 +43,36 @@ def golden_cell(kv_dtype: KVDtype) -> np.ndarray:
 
 def codecs() -> dict[str, KVCodec]:
     """File stem → codec."""
-    named = {id: make_codec(id) for id in CODEC_IDS if id != "cachegen"}
+    named = {id: make_codec(id) for id in CODEC_IDS if id not in ("cachegen", "transform")}
     return named | {f"cachegen-{level}": make_codec("cachegen", {"level": level}) for level in LEVELS}
+
+
+def calibration_name(kv_dtype: KVDtype) -> str:
+    return f"transform.{kv_dtype}.safetensors"
+
+
+def golden_calibration(kv_dtype: KVDtype) -> bytes:
+    """The file if there is one, else a new one: its random rotations differ between machines."""
+    path = FOLDER / calibration_name(kv_dtype)
+    if path.exists():
+        return path.read_bytes()
+    made = made_calibration(
+        CellSpec(SHAPE, kv_dtype),
+        joint=True,
+        streams=(2, 0),
+        live=24,
+        rotary=12,
+        fewer=0.1,
+        first_layer=POSITION.first_layer,
+        first_head=POSITION.first_head,
+    )
+    return made.to_bytes()
+
+
+def transform(kv_dtype: KVDtype) -> KVCodec:
+    """The codec, its golden calibration known."""
+    calibration = Calibration.from_bytes(golden_calibration(kv_dtype))
+    return make_codec("transform", {"calibration": calibrations.register(calibration)})
 
 
 def decoded(codec: KVCodec, data: bytes, kv_dtype: KVDtype) -> bytes:
@@ -59,6 +90,17 @@ def everything() -> dict[str, bytes]:
             name = f"{stem}.{kv_dtype}.cell"
             files[name] = codec.encode(golden_cell(kv_dtype), CellSpec(SHAPE, kv_dtype), POSITION)
             sums[name] = hashlib.sha256(decoded(codec, files[name], kv_dtype)).hexdigest()
+    for kv_dtype in DTYPES:
+        codec, name = transform(kv_dtype), f"transform.{kv_dtype}.cell"
+        files[calibration_name(kv_dtype)] = golden_calibration(kv_dtype)
+        # Its bytes depend on how a machine rounds the sums of its encoder: those that are there stay.
+        path = FOLDER / name
+        files[name] = (
+            path.read_bytes()
+            if path.exists()
+            else codec.encode(golden_cell(kv_dtype), CellSpec(SHAPE, kv_dtype), POSITION)
+        )
+        sums[name] = hashlib.sha256(decoded(codec, files[name], kv_dtype)).hexdigest()
     extent = make_extent(make_codec("fast"), GEOMETRY, Grid(2, 1), 2)
     files["fast.zarr.json"] = extent.objects["zarr.json"]
     files["fast.shard"] = extent.objects["c/0/0/0/0/0"]
