@@ -37,8 +37,12 @@ _U16 = 0xFFFF
 _U64 = 0xFFFF_FFFF_FFFF_FFFF
 
 
-def wrap(payload: Buffer, spec: CellSpec, position: CellPosition) -> bytes:
-    """Header and payload: one stored cell. One copy of the payload. Raises `Invalid` for a position out of range."""
+def wrap(payload: Buffer | list[Buffer], spec: CellSpec, position: CellPosition) -> bytes:
+    """Header and payload, which may be in parts of bytes: one stored cell. One copy of the payload.
+
+    Raises `Invalid` for a position out of range.
+    """
+    parts = payload if isinstance(payload, list) else [payload]
     layers, heads = spec.shape[1], spec.shape[3]
     if (
         len(position.prefix_hash) != HASH_BYTES
@@ -57,9 +61,12 @@ def wrap(payload: Buffer, spec: CellSpec, position: CellPosition) -> bytes:
         layers,
         position.first_head,
         heads,
-        len(payload),
+        sum(map(len, parts)),
     )
-    return b"".join((fields, _CRC.pack(crc32c(payload, crc32c(fields))), payload))
+    crc = crc32c(fields)
+    for part in parts:
+        crc = crc32c(part, crc)
+    return b"".join((fields, _CRC.pack(crc), *parts))
 
 
 def unwrap(data: Buffer, spec: CellSpec, position: CellPosition | None, *, max_bytes: int) -> memoryview:

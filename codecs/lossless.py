@@ -42,8 +42,6 @@ _VALUES_A_TABLE = 8192
 """A table takes some forty bytes: fewer values than these gain less from one more."""
 _SAMPLED_COLUMNS = 1024
 """Enough to make tables from."""
-_ZEROS, _LONG = 0, 240
-"""First bytes in coded tables: a run of zeros, and frequencies of two bytes."""
 
 
 class LosslessCodec(KVCodec):
@@ -62,10 +60,10 @@ class LosslessCodec(KVCodec):
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
         check_array(cell, spec, what="cell")
         bits = contiguous(cell, spec)
-        payload = b"" if bits.size == 0 else _coded(_planes(bits, spec), spec)
-        if not 0 < len(payload) < _FIXED.size + raw_bytes(spec):
-            payload = _FIXED.pack(VERSION, RAW, _DTYPES[spec.kv_dtype], 0, 0, 0) + bits.tobytes()
-        return wrap(payload, spec, position)
+        parts = [] if bits.size == 0 else _coded(_planes(bits, spec), spec)
+        if not 0 < sum(map(len, parts)) < _FIXED.size + raw_bytes(spec):
+            parts = [_FIXED.pack(VERSION, RAW, _DTYPES[spec.kv_dtype], 0, 0, 0), bits.tobytes()]
+        return wrap(parts, spec, position)
 
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
         check_array(out, spec, what="out")
@@ -95,42 +93,48 @@ def _planes(cell: np.ndarray, spec: CellSpec) -> np.ndarray:
 # ---- encoding --------------------------------------------------------------------------------------------------------
 
 
-def _coded(planes: np.ndarray, spec: CellSpec) -> bytes:
-    """The payload of mode 1."""
+def _coded(planes: np.ndarray, spec: CellSpec) -> list[Buffer]:
+    """The payload of mode 1, in parts."""
     from lmcache_s3.kernels import column_rans as rans  # numba only where it is needed
     from lmcache_s3.kernels import column_tables, float_planes
 
     layout = float_planes.LAYOUTS[spec.kv_dtype]
     n, tokens, columns = planes.shape
-    bases = np.stack([float_planes.mean_bases(plane, layout) for plane in planes])
+    bases = float_planes.mean_bases(planes, layout)
     # A base is said as its distance from the plane's, which is a symbol too: channels far below lose to escapes.
     plane_bases = np.maximum(bases.min(axis=1), bases.max(axis=1).clip(layout.escape) - layout.escape)
     bases = np.maximum(bases, plane_bases[:, None]).astype(np.uint8)
     frequencies = _first_tables(planes, bases, layout)
     cost, pooled = column_tables.costs(frequencies), np.zeros(frequencies.shape, np.int64)
-    symbols, chosen = np.empty(planes.shape, np.uint8), np.empty((n, columns), np.uint8)
+    # Symbols are made twice, once to count them and once to code them: cheaper than memory for all of them.
+    symbols, chosen = np.empty((tokens, columns), np.uint8), np.empty((n, columns), np.uint8)
     counts = np.empty((columns, layout.escape + 1), np.uint32)
     raw, escapes = np.empty((n, layout.raw_bytes(tokens * columns)), np.uint8), []
     for plane in range(n):
         counts[:] = 0
-        float_planes.split(planes[plane], bases[plane], layout, symbols[plane], counts)
-        if counts[:, layout.escape].any():
-            escapes.append(float_planes.escapes_of(planes[plane], symbols[plane], layout))
+        float_planes.split(planes[plane], bases[plane], layout, symbols, counts)
+        if escaped := int(counts[:, layout.escape].sum()):
+            escapes.append(float_planes.escapes_of(planes[plane], symbols, escaped, layout))
         column_tables.assign(counts, cost, pooled, chosen[plane])
         float_planes.pack(planes[plane], layout, raw[plane])
     distances = bases - plane_bases[:, None].astype(np.uint8)
     sides = [np.bincount(side.reshape(-1), minlength=layout.escape + 1) for side in (chosen, distances)]
     frequencies = rans.normalised(np.concatenate((pooled, sides)))
-    states, words = np.full(rans.LANES, rans.IDLE, np.uint32), np.empty(symbols.size + 2 * chosen.size + 1, np.uint16)
-    tables, place = rans.encoding_tables(frequencies), len(words)
+    tables, states = rans.encoding_tables(frequencies), np.full(rans.LANES, rans.IDLE, np.uint32)
+    room, words = np.empty(max(tokens, n) * columns + rans.LANES, np.uint16), []
     for plane in range(n - 1, -1, -1):
-        place = rans.encode(symbols[plane], chosen[plane], tables, states, words, place)
+        float_planes.split(planes[plane], bases[plane], layout, symbols, None)
+        place = rans.encode(symbols, chosen[plane], tables, states, room, len(room))
+        words.append(room[place:].astype("<u2").tobytes())
     for side, table in ((distances, len(pooled) + 1), (chosen, len(pooled))):
-        place = rans.encode(side, np.full(columns, table, np.uint8), tables, states, words, place)
-    escaped = np.concatenate(escapes) if escapes else np.empty(0, np.uint16)
-    fixed = _FIXED.pack(VERSION, CODED, _DTYPES[spec.kv_dtype], len(frequencies), len(words) - place, len(escaped))
-    parts = (plane_bases.astype(np.uint8), states.astype("<u4"), words[place:].astype("<u2", copy=False))
-    return b"".join((fixed, write_tables(frequencies), *(part.data for part in (*parts, escaped.astype("<u2"), raw))))
+        place = rans.encode(side, np.full(columns, table, np.uint8), tables, states, room, len(room))
+        words.append(room[place:].astype("<u2").tobytes())
+    outside = np.concatenate(escapes) if escapes else np.empty(0, np.uint16)
+    n_words = sum(map(len, words)) // 2
+    fixed = _FIXED.pack(VERSION, CODED, _DTYPES[spec.kv_dtype], len(frequencies), n_words, len(outside))
+    sections = (plane_bases.astype(np.uint8), states.astype("<u4"))
+    before = (fixed, column_tables.write(frequencies), *(section.tobytes() for section in sections))
+    return [*before, *reversed(words), outside.astype("<u2").tobytes(), raw.data.cast("B")]
 
 
 def _first_tables(planes: np.ndarray, bases: np.ndarray, layout: FloatLayout) -> np.ndarray:
@@ -138,17 +142,8 @@ def _first_tables(planes: np.ndarray, bases: np.ndarray, layout: FloatLayout) ->
     from lmcache_s3.kernels import column_tables, float_planes
 
     n, _, columns = planes.shape
-    step = max(1, n * columns // _SAMPLED_COLUMNS)
-    counts = []
-    for plane in range(n):
-        items = np.ascontiguousarray(planes[plane, :, plane % step :: step])
-        if items.size:
-            counts.append(np.zeros((items.shape[1], layout.escape + 1), np.uint32))
-            float_planes.split(
-                items, bases[plane, plane % step :: step], layout, np.empty(items.shape, np.uint8), counts[-1]
-            )
+    sampled = float_planes.count_sample(planes, bases, max(1, n * columns // _SAMPLED_COLUMNS), layout)
     most = min(MAX_TABLES - 2, 1 + planes.size // _VALUES_A_TABLE)
-    sampled = np.concatenate(counts)
     return column_tables.make_tables(sampled, _groups(sampled, layout.window), most)
 
 
@@ -163,51 +158,23 @@ def _groups(counts: np.ndarray, window: int) -> np.ndarray:
     return groups
 
 
-def write_tables(frequencies: np.ndarray) -> bytes:
-    """Tables of frequencies, `[table, symbol]`, in one or two bytes each; runs of zeros in two."""
-    out = bytearray()
-    for row in frequencies.tolist():
-        zeros = 0
-        for frequency in (*row, -1):
-            if frequency == 0:
-                zeros += 1
-                continue
-            if zeros:
-                out += bytes((_ZEROS, zeros))
-            zeros = 0
-            if frequency >= _LONG:
-                out += bytes((_LONG + (frequency >> 8), frequency & 255))
-            elif frequency > 0:
-                out.append(frequency)
-    return bytes(out)
-
-
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
 def read_tables(data: memoryview, tables: int, symbols: int) -> tuple[np.ndarray, int]:
     """(frequencies u16 [table, symbol], bytes read). Raises `Unusable` for tables that nothing can be coded with."""
+    from lmcache_s3.kernels import column_tables
     from lmcache_s3.kernels.column_rans import TOTAL
 
-    out = np.zeros(tables * symbols, np.uint16)
-    at = place = 0
-    while place < len(out):
-        # Two bytes of room always: what follows the tables is longer than that.
-        if at + 2 > len(data):
-            raise Unusable("lossless: the tables are cut off", kind="payload")
-        first, second = data[at], data[at + 1]
-        at += 1 + (first == _ZEROS or first >= _LONG)
-        if first == _ZEROS:
-            place += second
-            if second == 0:
-                raise Unusable("lossless: a run of no zeros", kind="payload")
-            continue
-        out[place] = first if first < _LONG else (first - _LONG) << 8 | second
-        place += 1
-    frequencies = out.reshape(tables, symbols)
-    if place != len(out) or (frequencies.sum(axis=1, dtype=np.int64) != TOTAL).any() or frequencies.max() >= TOTAL:
+    flat = np.zeros(tables * symbols, np.uint16)
+    # Two bytes of room always: what follows the tables is longer than that.
+    read = column_tables.read(np.frombuffer(data, np.uint8), flat)
+    if read < 0:
+        raise Unusable("lossless: the tables are cut off or run over", kind="payload")
+    frequencies = flat.reshape(tables, symbols)
+    if (frequencies.sum(axis=1, dtype=np.int64) != TOTAL).any() or frequencies.max() >= TOTAL:
         raise Unusable("lossless: frequencies that do not add up", kind="payload")
-    return frequencies, at
+    return frequencies, read
 
 
 class _Coded:

@@ -11,12 +11,16 @@ from functools import cache
 
 import numpy as np
 
+from lmcache_s3.kernels import column_tables_wide
 from lmcache_s3.kernels.column_rans import PRECISION_BITS, TOTAL, normalised
 from lmcache_s3.kernels.jit import kernel
+from lmcache_s3.kernels.vectors import WIDE
 
 ROUNDS = 3
 _COST_BITS = 8
 """Costs are in 1/256 bit."""
+ZEROS, LONG = 0, 240
+"""First bytes in stored tables: of a run of zeros, and of frequencies of two bytes."""
 
 
 @cache
@@ -40,7 +44,10 @@ def assign(counts: np.ndarray, cost: np.ndarray, pooled: np.ndarray, chosen: np.
 
     counts: u32 [column, symbol]. cost: as of `costs`. pooled: i64 [table, symbol].
     """
-    _assign(counts, cost, pooled, chosen)
+    if WIDE and cost.shape[1] <= column_tables_wide.WIDEST:
+        column_tables_wide.assign(counts, cost, pooled, chosen)
+    else:
+        _assign(counts, cost, pooled, chosen)
 
 
 def assign_reference(counts: np.ndarray, cost: np.ndarray, pooled: np.ndarray, chosen: np.ndarray) -> None:
@@ -85,3 +92,54 @@ def _assign(counts: np.ndarray, cost: np.ndarray, pooled: np.ndarray, chosen: np
         chosen[column] = best
         for symbol in range(symbols):
             pooled[best, symbol] += np.int64(counts[column, symbol])
+
+
+def write(frequencies: np.ndarray) -> bytes:
+    """Tables as a stored cell has them, of frequencies `[table, symbol]`, as `read` reads them."""
+    out = bytearray()
+    for row in frequencies.tolist():
+        zeros = 0
+        for frequency in (*row, -1):
+            if frequency == 0:
+                zeros += 1
+                continue
+            if zeros:
+                out += bytes((ZEROS, zeros))
+            zeros = 0
+            if frequency >= LONG:
+                out += bytes((LONG + (frequency >> 8), frequency & 255))
+            elif frequency > 0:
+                out.append(frequency)
+    return bytes(out)
+
+
+def read(data: np.ndarray, frequencies: np.ndarray) -> int:
+    """Tables as a stored cell has them, u8, into `frequencies`, u16 zeros, one after another; how many bytes they took.
+
+    A byte below 240 is a frequency; one above, with the next byte, a frequency of up to 12 bits; 0 stands for as many
+    zeros as the next byte says. -1: fewer than two bytes are left before the last, no zeros, or more than there are.
+    """
+    return int(_read(data, frequencies))
+
+
+@kernel
+def _read(data: np.ndarray, frequencies: np.ndarray) -> int:
+    at = place = 0
+    while place < frequencies.size:
+        if at + 2 > data.size:
+            return -1
+        first, second = int(data[at]), int(data[at + 1])
+        if first == ZEROS:
+            if second == 0 or place + second > frequencies.size:
+                return -1
+            place += second
+            at += 2
+        elif first >= LONG:
+            frequencies[place] = (first - LONG) << 8 | second
+            place += 1
+            at += 2
+        else:
+            frequencies[place] = first
+            place += 1
+            at += 1
+    return at

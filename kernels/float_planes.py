@@ -19,8 +19,12 @@ from typing import Any
 import numpy as np
 
 from lmcache_s3.kernels.jit import kernel
+from lmcache_s3.kernels.vectors import as_those_of, as_u8, load32, store
 
 WINDOW_EXPONENTS = 16
+_STRETCH = 1024
+"""Escapes are rare: so many symbols are asked at once whether one is among them."""
+_COLUMNS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,31 +83,50 @@ LAYOUTS: dict[str, FloatLayout] = {
 }
 
 
-def mean_bases(items: np.ndarray, layout: FloatLayout) -> np.ndarray:
-    """A base for each column, u8 [column], such that the usual exponents lie within the window, the large ones too.
+def mean_bases(planes: np.ndarray, layout: FloatLayout) -> np.ndarray:
+    """A base for each column, u8 [plane, column], such that the usual exponents lie in the window, the large ones too.
 
-    items: unsigned integers [row, column], the numbers' bits. The mean of a sample: outliers hardly move it.
+    planes: unsigned integers [plane, row, column], C order, the numbers' bits. A sample's mean, since outliers hardly
+    move it.
     """
-    rows = items[:: max(1, len(items) // 64)]
-    exponents = (rows >> layout.mantissa) & ((1 << layout.exponent) - 1)
-    sums = exponents.sum(axis=0, dtype=np.uint32)
+    step = max(1, planes.shape[1] // 64)
+    sums = np.zeros((len(planes), planes.shape[2]), np.uint32)
+    _kernels(layout).exponents(planes, step, sums)
+    count = np.uint32(-(-planes.shape[1] // step))
     # Values spread further below their usual exponent than above it.
-    rounded = (sums + np.uint32(len(rows) // 2)) // np.uint32(len(rows))
-    bases: np.ndarray = np.clip(rounded.astype(np.int64) - (WINDOW_EXPONENTS - 5), 0, layout.max_base).astype(np.uint8)
+    means = ((sums + count // 2) // count).astype(np.int64) - (WINDOW_EXPONENTS - 5)
+    bases: np.ndarray = np.clip(means, 0, layout.max_base).astype(np.uint8)
     return bases
 
 
-def split(items: np.ndarray, bases: np.ndarray, layout: FloatLayout, symbols: np.ndarray, counts: np.ndarray) -> None:
+def split(
+    items: np.ndarray, bases: np.ndarray, layout: FloatLayout, symbols: np.ndarray, counts: np.ndarray | None
+) -> None:
     """The symbols of numbers, u8 like `items`, and how often each occurs: added to `counts`, u32 [column, symbol].
 
     items: unsigned integers [row, column], C order. bases: u8 [column].
     """
-    _kernels(layout).split(items, bases, symbols, counts)
+    _kernels(layout).symbols(items, bases, symbols)
+    if counts is not None:
+        _count(symbols, counts)
 
 
-def escapes_of(items: np.ndarray, symbols: np.ndarray, layout: FloatLayout) -> np.ndarray:
-    """The upper parts of the numbers whose symbol is the escape, u16, in their order."""
-    uppers: np.ndarray = (items[symbols == layout.escape] >> layout.raw).astype(np.uint16)
+def count_sample(planes: np.ndarray, bases: np.ndarray, step: int, layout: FloatLayout) -> np.ndarray:
+    """How often each symbol occurs in every step-th column of each plane p, from p mod step on: u32 [column, symbol].
+
+    planes: unsigned integers [plane, row, column], C order. bases: u8 [plane, column].
+    """
+    n, _, columns = planes.shape
+    sampled = sum(len(range(plane % step, columns, step)) for plane in range(n))
+    counts = np.zeros((sampled, layout.escape + 1), np.uint32)
+    _kernels(layout).sample(planes, bases, step, counts)
+    return counts
+
+
+def escapes_of(items: np.ndarray, symbols: np.ndarray, count: int, layout: FloatLayout) -> np.ndarray:
+    """The upper parts of the `count` numbers whose symbol is the escape, u16, in their order; both C order."""
+    uppers = np.empty(count, np.uint16)
+    _kernels(layout).escapes(items.reshape(-1), symbols.reshape(-1), uppers)
     return uppers
 
 
@@ -112,7 +135,7 @@ def pack(items: np.ndarray, layout: FloatLayout, out: np.ndarray) -> None:
     flat, at = items.reshape(-1), 0
     for first, bits in layout.fields():
         size = -(-flat.size * bits // 8)
-        _kernels(layout).pack(flat, first, bits, out[at : at + size])
+        _pack(flat, first, bits, out[at : at + size])
         at += size
 
 
@@ -124,25 +147,76 @@ def merge(
     More than there are: `out` is undefined. symbols: u8 like `out`, none above the escape. bases: u8 [column], none
     above the highest. raw: u8 [raw_bytes], read-only. escapes: u16, those not yet used.
     """
-    kernels, flat, at = _kernels(layout), out.reshape(-1), 0
-    needed = int(kernels.uppers(symbols, bases, out))
-    if needed:
-        if needed > len(escapes):
-            return needed
-        out[symbols == layout.escape] = escapes[:needed].astype(out.dtype) << layout.raw
+    flat, at = out.reshape(-1), 0
+    needed = int(_kernels(layout).uppers(symbols, bases, escapes, out))
+    if needed > len(escapes):
+        return needed
     for first, bits in layout.fields():
         size = -(-flat.size * bits // 8)
-        kernels.unpack(raw[at : at + size], first, bits, flat)
+        _unpack(raw[at : at + size], first, bits, flat)
         at += size
     return needed
 
 
 @dataclass(frozen=True, slots=True)
 class _Kernels:
-    split: Callable[..., Any]
-    pack: Callable[..., Any]
+    exponents: Callable[..., Any]
+    escapes: Callable[..., Any]
+    symbols: Callable[..., Any]
+    sample: Callable[..., Any]
     uppers: Callable[..., Any]
-    unpack: Callable[..., Any]
+
+
+@kernel
+def _count(symbols: np.ndarray, counts: np.ndarray) -> None:
+    # A few columns at a time, whose counts stay in the nearest cache.
+    for first in range(0, symbols.shape[1], _COLUMNS):
+        counted = counts[first : first + _COLUMNS]
+        for row in range(symbols.shape[0]):
+            line = symbols[row, first : first + _COLUMNS]
+            for column in range(line.size):
+                counted[column, np.uint64(line[column])] += np.uint32(1)
+
+
+@kernel
+def _has(symbols: np.ndarray, one: np.uint32) -> bool:
+    found = np.uint32(0)
+    for i in range(symbols.size):
+        found += np.uint32(symbols[i] == one)
+    return bool(found)
+
+
+@kernel
+def _pack(flat: np.ndarray, first: int, bits: int, out: np.ndarray) -> None:
+    size, parts, mask = out.size, 8 // bits, (1 << bits) - 1
+    whole = max(0, flat.size - (parts - 1) * size) // 32 * 32
+    for i in range(0, whole, 32):
+        packed = as_u8((load32(flat, i) >> first) & mask)
+        for part in range(1, parts):
+            packed = packed | as_u8(((load32(flat, part * size + i) >> first) & mask) << (bits * part))
+        store(out, i, packed)
+    for i in range(whole, size):
+        byte = np.int64(0)
+        for part in range(parts):
+            if part * size + i < flat.size:
+                byte |= ((np.int64(flat[part * size + i]) >> first) & mask) << (bits * part)
+        out[i] = np.uint8(byte)
+
+
+@kernel
+def _unpack(source: np.ndarray, first: int, bits: int, flat: np.ndarray) -> None:
+    size, parts, mask = source.size, 8 // bits, (1 << bits) - 1
+    whole = max(0, flat.size - (parts - 1) * size) // 32 * 32
+    for i in range(0, whole, 32):
+        packed = as_those_of(flat, load32(source, i))
+        for part in range(parts):
+            at = part * size + i
+            store(flat, at, load32(flat, at) | (((packed >> (bits * part)) & mask) << first))
+    for i in range(whole, size):
+        byte = np.int64(source[i])
+        for part in range(parts):
+            if part * size + i < flat.size:
+                flat[part * size + i] |= ((byte >> (bits * part)) & mask) << first
 
 
 @cache
@@ -153,35 +227,56 @@ def _kernels(layout: FloatLayout) -> _Kernels:
     window, escape = np.uint32(layout.window), np.uint32(layout.escape)
     sign_symbol = np.uint32(layout.window.bit_length() - 1)
     within = np.uint32(layout.window - 1)
-    one = np.uint32(1)
+    mantissa, exponent = np.uint32(layout.mantissa), np.uint32((1 << layout.exponent) - 1)
 
     @kernel
-    def split(items: np.ndarray, bases: np.ndarray, symbols: np.ndarray, counts: np.ndarray) -> None:
-        rows, columns = items.shape
-        for row in range(rows):
-            for column in range(columns):
-                bits = np.uint32(items[row, column])
-                above = np.uint32(((bits >> raw) & magnitude) - (np.uint32(bases[column]) << coded))
-                symbol = np.uint32(above + ((bits >> sign_at) << sign_symbol))
-                symbols[row, column] = np.uint8(symbol if above < window else escape)
-            for column in range(columns):
-                counts[column, np.uint64(symbols[row, column])] += one
+    def symbol_of(bits: np.uint32, base: np.uint8) -> np.uint8:
+        above = np.uint32(((bits >> raw) & magnitude) - (np.uint32(base) << coded))
+        symbol = np.uint32(above + ((bits >> sign_at) << sign_symbol))
+        return np.uint8(symbol if above < window else escape)
 
     @kernel
-    def pack(flat: np.ndarray, first: int, bits: int, out: np.ndarray) -> None:
-        size = out.size
-        down, mask = np.uint32(first & 31), np.uint32((1 << bits) - 1)
-        out[:] = 0
-        for part in range(8 // bits):
-            up = np.uint32((bits * part) & 7)
-            source = flat[part * size : (part + 1) * size]
-            for i in range(source.size):
-                out[i] |= np.uint8(((np.uint32(source[i]) >> down) & mask) << up)
+    def symbols(items: np.ndarray, bases: np.ndarray, out: np.ndarray) -> None:
+        for row in range(items.shape[0]):
+            line, target = items[row], out[row]
+            for column in range(line.size):
+                target[column] = symbol_of(np.uint32(line[column]), bases[column])
 
     @kernel
-    def uppers(symbols: np.ndarray, bases: np.ndarray, out: np.ndarray) -> int:
+    def sample(planes: np.ndarray, bases: np.ndarray, step: int, counts: np.ndarray) -> None:
+        of_plane = 0
+        for plane in range(planes.shape[0]):
+            line, base = planes[plane], bases[plane]
+            columns = len(range(plane % step, line.shape[1], step))
+            for row in range(line.shape[0]):
+                for i in range(columns):
+                    column = plane % step + i * step
+                    counts[of_plane + i, symbol_of(np.uint32(line[row, column]), base[column])] += np.uint32(1)
+            of_plane += columns
+
+    @kernel
+    def exponents(planes: np.ndarray, step: int, sums: np.ndarray) -> None:
+        for plane in range(planes.shape[0]):
+            for row in range(0, planes.shape[1], step):
+                line, out = planes[plane, row], sums[plane]
+                for column in range(line.size):
+                    out[column] += (np.uint32(line[column]) >> mantissa) & exponent
+
+    @kernel
+    def escapes(items: np.ndarray, symbols: np.ndarray, out: np.ndarray) -> None:
+        place = 0
+        for first in range(0, symbols.size, _STRETCH):
+            stretch = symbols[first : first + _STRETCH]
+            if _has(stretch, escape):
+                for i in range(stretch.size):
+                    if stretch[i] == escape and place < out.size:
+                        out[place] = np.uint32(items[first + i]) >> raw
+                        place += 1
+
+    @kernel
+    def uppers(symbols: np.ndarray, bases: np.ndarray, escapes: np.ndarray, out: np.ndarray) -> int:
         rows, columns = symbols.shape
-        escapes = 0
+        needed = 0
         for row in range(rows):
             found = np.uint32(0)
             for column in range(columns):
@@ -189,17 +284,12 @@ def _kernels(layout: FloatLayout) -> _Kernels:
                 above = np.uint32((symbol & within) + (np.uint32(bases[column]) << coded))
                 out[row, column] = ((symbol >> sign_symbol) << sign_at) | (above << raw)
                 found += np.uint32(symbol == escape)
-            escapes += int(found)
-        return escapes
+            if found:
+                for column in range(columns):
+                    if symbols[row, column] == escape:
+                        if needed < escapes.size:
+                            out[row, column] = np.uint32(escapes[needed]) << raw
+                        needed += 1
+        return needed
 
-    @kernel
-    def unpack(source: np.ndarray, first: int, bits: int, flat: np.ndarray) -> None:
-        size = source.size
-        up, mask = np.uint32(first & 31), np.uint32((1 << bits) - 1)
-        for part in range(8 // bits):
-            down = np.uint32((bits * part) & 7)
-            target = flat[part * size : (part + 1) * size]
-            for i in range(target.size):
-                target[i] |= ((np.uint32(source[i]) >> down) & mask) << up
-
-    return _Kernels(split, pack, uppers, unpack)
+    return _Kernels(exponents, escapes, symbols, sample, uppers)

@@ -198,6 +198,13 @@ as_i8, as_i16, as_i32 = _converting("int8"), _converting("int16"), _converting("
 as_f32, as_f64 = _converting("float32"), _converting("float64")
 
 
+@_inline
+def as_those_of(_typing: Any, array: Any, vector: Any) -> Any:
+    """The vector's numbers as those of the array."""
+    new = VectorType(str(array.dtype), vector.count)
+    return _signature(new, [array, vector], lambda builder, v: _converted(builder, v[1], vector, new))
+
+
 def _viewing(element: str) -> Any:
     @_inline
     def view(_typing: Any, vector: Any) -> Any:

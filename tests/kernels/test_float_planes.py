@@ -34,7 +34,7 @@ def test_both_forms_give_the_same(kv_dtype: str, rows: int, columns: int, seed: 
     for column in range(columns):
         assert (counts[column] == np.bincount(symbols[:, column], minlength=layout.escape + 1)).all()
     assert raw.tobytes() == reference.pack(items.reshape(-1).tolist(), layout)
-    escapes = fast.escapes_of(items, symbols, layout)
+    escapes = fast.escapes_of(items, symbols, int(counts[:, layout.escape].sum()), layout)
     raw.flags.writeable = False
     out = np.empty_like(items)
     assert fast.merge(symbols, bases, raw, escapes, layout, out) == len(escapes)
@@ -59,5 +59,5 @@ def test_bases_put_normal_values_into_the_window(kv_dtype: str) -> None:
         return
     items = (values.view(np.uint32) >> (32 - layout.width)).astype(f"u{layout.width // 8}")
     symbols, counts = np.empty(items.shape, np.uint8), np.zeros((3, layout.escape + 1), np.uint32)
-    fast.split(items, fast.mean_bases(items, layout), layout, symbols, counts)
+    fast.split(items, fast.mean_bases(items[None], layout)[0], layout, symbols, counts)
     assert counts[:, layout.escape].sum() <= 2

@@ -7,7 +7,19 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from lmcache_s3.kernels import cachegen_tiles_scalar, cachegen_tiles_wide, rans_scalar, rans_wide
+from lmcache_s3.kernels import (
+    cachegen_tiles_scalar,
+    cachegen_tiles_wide,
+    column_rans,
+    column_rans_scalar,
+    column_rans_wide,
+    column_tables,
+    column_tables_wide,
+    quantise,
+    quantise_wide,
+    rans_scalar,
+    rans_wide,
+)
 from lmcache_s3.kernels import rans_reference as reference
 from lmcache_s3.kernels.quantise import block_of
 from lmcache_s3.kernels.rans import SPARE_WORDS
@@ -114,3 +126,60 @@ def test_tiles_agree(channels: int, item: str) -> None:
             )
             answers[-1].append(out.tobytes())
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("columns", [1, 31, 32, 70, 192])
+def test_coders_of_columns_agree(columns: int) -> None:
+    rng = np.random.default_rng(columns)
+    frequencies = column_rans.normalised(rng.integers(0, 2, (5, 65)) * rng.integers(1, 9999, (5, 65)))
+    chosen = rng.integers(0, 5, columns)
+    symbols = np.stack([rng.choice(np.flatnonzero(frequencies[table]), 40) for table in chosen], axis=1)
+    symbols = symbols.astype(np.uint8)
+    encoding, decoding = column_rans.encoding_tables(frequencies), column_rans.decoding_tables(frequencies)
+    offsets = (chosen * 65).astype(np.uint32)
+    answers: list[list[object]] = []
+    for form in (column_rans_scalar, column_rans_wide):
+        states, words = np.full(32, 1 << 16, np.uint32), np.zeros(symbols.size + 64, np.uint16)
+        end = words.size - 32  # what is behind is a decoder's spare
+        place = form.encode(symbols, offsets, encoding.slots, encoding.inverses, states, words[:end], end)
+        answers.append([states.tobytes(), words[place:end].tobytes()])
+        out = np.empty_like(symbols)
+        starts = (chosen << 12).astype(np.uint32)
+        assert form.decode(states.copy(), words, place, starts, decoding, out) == end
+        assert (out == symbols).all()
+        # Of what is no stream both say the same, too.
+        answers[-1].append(form.decode(states, words[: end + 27], place + 100, starts, decoding, out))
+    assert answers[0] == answers[1]
+
+
+def test_columns_choose_alike() -> None:
+    rng = np.random.default_rng(3)
+    for tables in (1, 15, 32):
+        counts = rng.poisson(np.exp(3 * rng.standard_normal((100, 65)))).astype(np.uint32)
+        cost = rng.integers(1, 3073, (65, tables)).astype(np.int32)
+        cost[:, tables // 2] = cost[:, 0]  # of equals the first
+        ours, theirs = np.zeros((tables, 65), np.int64), np.zeros((tables, 65), np.int64)
+        chosen, expected = np.empty(100, np.uint8), np.empty(100, np.uint8)
+        column_tables_wide.assign(counts, cost, ours, chosen)
+        column_tables.assign_reference(counts, cost, theirs, expected)
+        assert (chosen == expected).all()
+        assert (ours == theirs).all()
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 40.0])
+def test_magnitudes_are_counted_alike(scale: float) -> None:
+    q = values_of(1000, 3, scale)
+    counted = np.zeros((2, 128), np.int64)
+    rans_scalar.count_magnitudes(q, counted[0])
+    rans_wide.count_magnitudes(q, counted[1])
+    assert (counted[0] == counted[1]).all()
+    assert counted[0].sum() == 1000
+
+
+@pytest.mark.parametrize("width", [16, 64, 80, 24, 5])
+def test_token_steps_agree(width: int) -> None:
+    y = np.random.default_rng(width).standard_normal((9, width)).astype(np.float32)
+    steps = np.empty((2, 9), np.float64)
+    quantise.token_steps(y, 1.2, steps[0])
+    quantise_wide.token_steps(y, 1.2, steps[1])
+    assert steps[0].tobytes() == steps[1].tobytes()
