@@ -39,11 +39,11 @@ _LANES = 32
 _DTYPES: dict[str, int] = {"bfloat16": 1, "float16": 2, "float32": 3, "float8_e4m3fn": 4, "float8_e5m2": 5}
 
 _SIXTEENTHS: dict[str, tuple[int, int]] = {
-    "fine": (6, 9),
-    "medium": (13, 19),
-    "coarse": (20, 30),
+    "fine": (5, 12),
+    "medium": (10, 23),
+    "coarse": (13, 30),
 }
-"""level → steps of (K, V), in 1/16 standard deviations of a coefficient."""
+"""level → steps of (K, V), in 1/16 standard deviations of a coefficient; K's are smaller, its errors do more."""
 LEVELS = tuple(_SIXTEENTHS)
 
 
