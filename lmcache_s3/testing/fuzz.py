@@ -21,7 +21,8 @@ from lmcache_s3.testing.extents import random_bits
 from lmcache_s3.types import KVDtype
 
 POSITION = CellPosition(bytes(range(16)), 0, 2, 1)
-SHAPE = (2, 2, 24, 2, 8)
+SHAPE = (2, 2, 24, 2, 16)
+"""So large that every codec codes it, none stores it raw: mutations shall reach what decodes."""
 QUICK_DTYPES: tuple[KVDtype, ...] = ("bfloat16", "float8_e4m3fn")
 _NUMBERS = (0, 1, 2**7, 2**15, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
 

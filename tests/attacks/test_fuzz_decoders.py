@@ -6,11 +6,18 @@ A failure prints codec, seed and round.
 from __future__ import annotations
 
 import tracemalloc
+from typing import get_args
 
+import numpy as np
 import pytest
 
+from lmcache_s3.codecs.base import CellSpec
+from lmcache_s3.codecs.header import HEADER_BYTES
 from lmcache_s3.codecs.registry import CODEC_IDS
-from lmcache_s3.testing.fuzz import count_untyped, fuzz
+from lmcache_s3.testing.calibrations import encoder
+from lmcache_s3.testing.extents import random_bits
+from lmcache_s3.testing.fuzz import POSITION, SHAPE, count_untyped, fuzz
+from lmcache_s3.types import KVDtype
 
 QUICK = {"fast": 6000, "torch": 3000, "safetensors": 5000, "lossless": 6000, "cachegen": 6000, "transform": 6000}
 SLOW_FACTOR = 12
@@ -19,6 +26,14 @@ SLOW_FACTOR = 12
 @pytest.mark.parametrize("codec_id", CODEC_IDS)
 def test_changed_cells_are_unusable_or_whole(codec_id: str) -> None:
     fuzz(codec_id, QUICK[codec_id], seed=1)
+
+
+@pytest.mark.parametrize("codec_id", ["lossless", "cachegen", "transform"])
+def test_what_is_changed_is_coded_and_not_raw(codec_id: str) -> None:
+    for kv_dtype in get_args(KVDtype):
+        spec = CellSpec(SHAPE, kv_dtype)
+        cell = random_bits(SHAPE, kv_dtype, np.random.default_rng(0))
+        assert encoder(codec_id, spec, POSITION).encode(cell, spec, POSITION)[HEADER_BYTES + 1] == 1
 
 
 @pytest.mark.parametrize("codec_id", CODEC_IDS)
