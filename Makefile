@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; exit; }; done; echo python3)
 BIN := .venv/bin
 
-.PHONY: setup demo test quick lint bench clean
+.PHONY: setup demo test quick lint bench bench-gpu clean
 
 setup:
 	@$(PYTHON) scripts/setup.py
@@ -30,5 +30,13 @@ JSON ?= bench-e2e.json
 bench: setup
 	$(BIN)/lmcache-s3 bench e2e --json $(JSON)
 
+# On a machine with an NVIDIA GPU: checks the Triton kernels' bits, then measures. Uses PYTHON's torch and triton where it
+# has them (exit 2: no GPU, nothing measured).
+GPU_JSON ?= bench-gpu.json
+bench-gpu:
+	@[ -x .venv-gpu/bin/python ] || $(PYTHON) -m venv --system-site-packages .venv-gpu
+	@.venv-gpu/bin/python -m pip install --quiet -e '.[gpu]'
+	@.venv-gpu/bin/lmcache-s3 bench gpu --json $(GPU_JSON)
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-gpu build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -179,7 +179,22 @@ def decode(rows: DeviceRows, places: Places, kv_dtype: str) -> torch.Tensor:
 
     Memory outside the cells' places is never touched, whatever the streams hold.
     """
-    _check(rows, places)
+    values = read_streams(rows)
+    write_values(rows, values, places, kv_dtype)
+    return values.status
+
+
+class Values(NamedTuple):
+    """What streams hold: i8 [row, stride] codes of steps, means, values; status int32 [row], of the stream alone."""
+
+    codes: torch.Tensor
+    means: torch.Tensor
+    q: torch.Tensor
+    status: torch.Tensor
+
+
+def read_streams(rows: DeviceRows) -> Values:
+    """The first half of `decode`: all runs of all rows, by one warp a row."""
     device = rows.states.device
     n = rows.states.shape[0]
     q_stride = padded(rows.tokens * rows.width)
@@ -189,24 +204,29 @@ def decode(rows: DeviceRows, places: Places, kv_dtype: str) -> torch.Tensor:
     q = torch.empty((n, q_stride), dtype=torch.int8, device=device)
     status = torch.empty(n, dtype=torch.int32, device=device)
     tables = device_tables(device)
-    cell_rows = rows.kv * rows.layers
     triton_rans.decode_rows[(n,)](
         rows.states, rows.words, rows.word_ends, rows.escapes, rows.escape_ends, rows.chosen, rows.exact,
         tables.slots, tables.values, codes, means, q, status,
-        rows.layers, cell_rows, rows.tokens, rows.heads, rows.width, side_stride, q_stride, num_warps=1,
+        rows.layers, rows.kv * rows.layers, rows.tokens, rows.heads, rows.width, side_stride, q_stride, num_warps=1,
     )  # fmt: skip
+    return Values(codes, means, q, status)
+
+
+def write_values(rows: DeviceRows, values: Values, places: Places, kv_dtype: str) -> None:
+    """The second half: values to their places; where a step is out of range, the row's status becomes that."""
+    _check(rows, places)
     block = block_of(rows.channels)
     tile = max(1, TILE_VALUES // block)
     tiles = -(-(rows.tokens * rows.width // block) // tile)
     for plane in range(rows.kv):
         triton_cachegen.dequantise[(tiles, rows.cells * rows.layers)](
-            codes, means, q, rows.bases, rows.exact, status, places.addresses, places.tokens[plane],
-            plane * rows.layers, rows.layers, cell_rows, rows.tokens,
-            places.head_stride, places.channel_strides[plane], side_stride, q_stride,
+            values.codes, values.means, values.q, rows.bases, rows.exact, values.status,
+            places.addresses, places.tokens[plane], plane * rows.layers,
+            rows.layers, rows.kv * rows.layers, rows.tokens, places.head_stride, places.channel_strides[plane],
+            values.codes.shape[1], values.q.shape[1],
             heads=rows.heads, channels=rows.channels, PER_TOKEN=plane == 1,
             BLOCK=block, LEVELS=block.bit_length() - 1, TILE=tile, **_format(kv_dtype), enable_fp_fusion=False,
         )  # fmt: skip
-    return status
 
 
 def place(source: torch.Tensor, places: Places, cell: int, first: int) -> None:

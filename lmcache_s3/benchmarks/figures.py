@@ -67,21 +67,27 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def document(figures: Sequence[Figure]) -> dict[str, Any]:
-    """The JSON document of these figures."""
+def document(figures: Sequence[Figure], gpu: str | None = None) -> dict[str, Any]:
+    """The JSON document of these figures. gpu: the name of the one they were measured on."""
     names = [f.name for f in figures]
     if len(set(names)) != len(names):
         raise Invalid(f"figures: a name twice in {', '.join(names)}", kind="argument")
     return {
         "figures": [asdict(f) | {"ok": f.ok} for f in figures],
-        "machine": machine(),
+        "machine": machine() | ({} if gpu is None else {"gpu": gpu}),
         "version": package_version(),
     }
 
 
-def report(figures: Sequence[Figure], json_path: Path | None = None, *, console: Console | None = None) -> bool:
+def report(
+    figures: Sequence[Figure],
+    json_path: Path | None = None,
+    *,
+    console: Console | None = None,
+    gpu: str | None = None,
+) -> bool:
     """Print the table, write the JSON if asked to; whether every figure met its goal."""
-    written = document(figures)
+    written = document(figures, gpu)
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("figure")
     for name in ("value", "goal", "unit", ""):

@@ -53,6 +53,15 @@ def codecs(
 
 
 @app.command()
+def gpu(json_path: JsonPath = None) -> None:
+    """Codec cachegen on this machine's GPU: its bits against the CPU's, then its speed. Exit 2 without a GPU."""
+    with errors_to_exit():
+        module = importlib.import_module("lmcache_s3.benchmarks.gpu")
+        status: int = module.main(json_path)
+    raise typer.Exit(status)
+
+
+@app.command()
 def quality(
     json_path: JsonPath = None,
     model: Annotated[

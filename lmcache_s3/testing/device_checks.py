@@ -7,11 +7,13 @@ processes of their own; `lmcache-s3 bench gpu` runs them on the GPU before it me
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from lmcache_s3.codecs.base import CellPosition, CellSpec
-from lmcache_s3.codecs.cachegen import CachegenCodec, read_cell
+from lmcache_s3.codecs.cachegen import LEVELS, CachegenCodec, read_cell
 from lmcache_s3.codecs.device import decode_cachegen, encode_cachegen
 from lmcache_s3.codecs.dtypes import from_float32
 from lmcache_s3.codecs.header import HEADER_BYTES, wrap
@@ -181,3 +183,36 @@ def _usable_on_cpu(data: bytes, spec: CellSpec) -> np.ndarray | None:
     except Unusable:
         return None
     return bits
+
+
+def all_checks() -> dict[str, Callable[[torch.device], None]]:
+    """What `bench gpu` runs before it measures, by what it shows: larger than what an interpreter could do."""
+    large: Shape = (2, 4, 256, 8, 128)
+    shapes: tuple[Shape, ...] = (large, (1, 3, 33, 1, 576), (2, 2, 64, 3, 64), (2, 2, 40, 5, 96), (2, 1, 65, 1, 5))
+    dtypes: tuple[KVDtype, ...] = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2")
+
+    def both(device: torch.device, shape: Shape, kv_dtype: KVDtype, level: str, exponent: int = 0) -> None:
+        check_decode_dense(device, shape, kv_dtype, level=level, exponent=exponent)
+        check_encode(device, shape, kv_dtype, level=level, exponent=exponent)
+
+    def shapes_and_levels(device: torch.device) -> None:
+        for shape in shapes:
+            for level in LEVELS:
+                both(device, shape, "float32", level)
+
+    def dtypes_and_ranges(device: torch.device) -> None:
+        for kv_dtype in dtypes:
+            for exponent in (-17, -5, 0, 8):
+                both(device, (2, 2, 64, 2, 64), kv_dtype, "coarse", exponent)
+            check_decode_raw(device, kv_dtype)
+
+    def engine_blocks(device: torch.device) -> None:
+        for transposed in (False, True):
+            check_decode_paged(device, transposed=transposed)
+
+    return {
+        "shapes and levels": shapes_and_levels,
+        "dtypes and ranges": dtypes_and_ranges,
+        "an engine's blocks": engine_blocks,
+        "2,000 damaged cells": lambda device: check_damage(device, 2000),
+    }

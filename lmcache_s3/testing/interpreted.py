@@ -12,7 +12,9 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+T = TypeVar("T")
 
 
 class Interpreter:
@@ -32,9 +34,9 @@ class Interpreter:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown()
 
-    def run(self, function: Callable[..., None], *args: object, **kwargs: object) -> None:
-        """Call it there and wait."""
-        self._pool.submit(function, *args, **kwargs).result()
+    def run(self, function: Callable[..., T], *args: object, **kwargs: object) -> T:
+        """Call it there, wait, and give back what it returns."""
+        return self._pool.submit(function, *args, **kwargs).result()
 
 
 def _interpret() -> None:
