@@ -1,7 +1,7 @@
 """`cachegen` rows on a device: tensors in, tensors out, by the Triton kernels; the same bits as `cachegen_rows.py`.
 
 All rows of a batch of cells go in one launch a stage. A stream is decoded by one warp, so a batch should hold some
-hundreds of rows (`STREAMS_IN_FLIGHT`); a cell has kv · layers. Decoding never waits for the device: what is wrong with
+hundreds of rows to keep a large GPU busy; a cell has kv · layers. Decoding never waits for the device: what is wrong with
 a row stands in its answer. Scratch is a byte a value.
 
 On a CPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set before Triton was imported: for tests.
@@ -25,8 +25,6 @@ from lmcache_s3.kernels.paged import PlaneMap
 from lmcache_s3.kernels.quantise import block_of
 from lmcache_s3.kernels.rans_tables import all_tables
 
-STREAMS_IN_FLIGHT = 512
-"""Rows that a batch should have at least, to keep a large GPU busy."""
 TILE_VALUES = 2048
 """Values a program of the elementwise kernels takes."""
 
