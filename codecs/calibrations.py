@@ -43,7 +43,7 @@ class Registry:
         self._lock = threading.Lock()
         self._fetching = threading.Lock()
         self._known: OrderedDict[str, Calibration] = OrderedDict()
-        self._sources: OrderedDict[str, Fetch] = OrderedDict()
+        self._sources: OrderedDict[object, Fetch] = OrderedDict()
         self._absent: set[str] = set()
 
     def register(self, calibration: Calibration) -> str:
@@ -57,20 +57,19 @@ class Registry:
                 self._known.popitem(last=False)
         return digest
 
-    def attach(self, name: str, fetch: Fetch) -> None:
-        """Ask this source, too, for what is not known; another of the same name is replaced, of 64 the oldest goes."""
+    def attach(self, key: object, fetch: Fetch) -> None:
+        """Ask this source, too, for what is not known; one of an equal key is replaced, of 64 the oldest goes."""
         with self._lock:
-            self._sources[name] = fetch
-            self._sources.move_to_end(name)
+            self._sources[key] = fetch
+            self._sources.move_to_end(key)
             self._absent.clear()
             while len(self._sources) > _MOST_SOURCES:
                 self._sources.popitem(last=False)
 
-    def detach(self, name: str, fetch: Fetch) -> None:
-        """Ask this source no more; another that has taken its name stays."""
+    def detach(self, key: object) -> None:
+        """Ask this source no more."""
         with self._lock:
-            if self._sources.get(name) is fetch:
-                del self._sources[name]
+            self._sources.pop(key, None)
 
     def known(self, digest: str) -> Calibration | None:
         """The calibration if it is in memory. No I/O."""

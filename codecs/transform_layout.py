@@ -109,6 +109,8 @@ def _what(calibration: Calibration) -> str:
 def misfit(calibration: Calibration, geometry: Geometry, grid: Grid) -> str | None:
     """Why the calibration fits not all cells of a model divided so; None: it does."""
     spec = CellSpec.of(geometry, grid)
+    if (calibration.layers, calibration.heads) != (geometry.layers, geometry.heads):
+        return f"{_what(calibration)}, the model of {geometry.layers} layers, {geometry.heads} heads"
     for shard in range(grid.shards):
         layer, head = geometry.cell_layers(grid, shard).start, geometry.cell_heads(grid, shard).start
         layout = layout_of(calibration, spec, CellPosition(bytes(HASH_BYTES), 0, layer, head))

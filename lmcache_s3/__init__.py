@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmcache_s3.cache import Cache, CacheStats, Match, Retrieved, StoreReport
+    from lmcache_s3.calibration_store import load_calibration
     from lmcache_s3.config import Settings, load_settings
     from lmcache_s3.errors import (
         Ambiguous,
@@ -47,6 +48,7 @@ __all__ = [
     "Unavailable",
     "Unsafe",
     "Unusable",
+    "load_calibration",
     "load_settings",
     "open_extent",
     "prefix_hashes",
@@ -62,6 +64,7 @@ _HOMES = {
     **dict.fromkeys(("Settings", "load_settings"), "lmcache_s3.config"),
     **dict.fromkeys(("ExtraKey", "KVGroup", "Space", "prefix_hashes"), "lmcache_s3.identity"),
     "Handle": "lmcache_s3.handle",
+    "load_calibration": "lmcache_s3.calibration_store",
     "open_extent": "lmcache_s3.extent_array",
     "weights_digest": "lmcache_s3.weights",
 }

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lmcache_s3.calibration_store import calibrated_codec
 from lmcache_s3.config import Settings, load_settings
 from lmcache_s3.damage import DamageControl
 from lmcache_s3.errors import Invalid, Unusable
@@ -121,9 +122,19 @@ class Cache:
     def on_store(cls, store: ObjectStore, space: Space, settings: Settings) -> Cache:
         """Open on a store of one's own; it is closed with the cache."""
         geometry = space.geometry
+        codec = settings.make_codec()
+        if not settings.read_only:
+            codec = calibrated_codec(
+                store,
+                codec,
+                weights=space.weights,
+                kv_dtype=space.kv_dtype,
+                geometry=geometry,
+                grid=Grid(1, settings.head_groups or 1),
+            )
         codec, fidelity = measured_codec(
             store,
-            settings.make_codec(),
+            codec,
             settings.max_kl,
             weights=space.weights,
             kv_dtype=space.kv_dtype,

@@ -26,7 +26,7 @@ from lmcache_s3.config_sources import ENV_PREFIX, FILE_VARIABLE, check_environme
 from lmcache_s3.errors import Invalid
 
 if TYPE_CHECKING:
-    from lmcache_s3.codecs.base import KVCodec
+    from lmcache_s3.codecs.base import JSON, KVCodec
     from lmcache_s3.index.gc import GcSettings
     from lmcache_s3.index.service import IndexSettings
     from lmcache_s3.tiers.base import Tier
@@ -88,13 +88,20 @@ class Settings(BaseSettings):
         "fast",
         "How KV is coded in the bucket: `fast`, `torch`, `safetensors` are exact and cost its full size; `lossless` is "
         "exact at two thirds of it, for some processor time; `cachegen` is lossy, several times smaller, and shares "
-        "nothing with exact caches.",
+        "nothing with exact caches; `transform` is smaller still and needs `lmcache-s3 calibrate`, once a model.",
         what="a codec",
         mend=f"choose one of {', '.join(CODEC_IDS)}",
     )
     codec_level: str | None = fields.text(
         "Setting of a lossy codec; left out, the codec's own. Coarser is smaller and further from the exact answer.",
         "leave it out for the codec's own",
+    )
+    codec_calibration: str | None = fields.field(
+        None,
+        "Digest of the calibration that codec `transform` stores with; left out, the one that `lmcache-s3 calibrate` "
+        "wrote last for this model into the bucket. Read once a process, some megabytes.",
+        what="64 hex digits",
+        mend="leave it out for the model's own",
     )
     max_kl: Number | None = fields.field(
         None,
@@ -240,6 +247,13 @@ class Settings(BaseSettings):
             raise ValueError(fields.unknown(value, "codec", CODEC_IDS))
         return value
 
+    @field_validator("codec_calibration")
+    @classmethod
+    def _a_calibration(cls, value: str | None) -> str | None:
+        if value is not None and _SHA256.fullmatch(value) is None:
+            raise ValueError(f"{value[:80]!r} is not 64 hex digits; leave it out for the model's own")
+        return value
+
     @field_validator("weights_digest")
     @classmethod
     def _sha256(cls, value: str | None) -> str | None:
@@ -297,7 +311,10 @@ class Settings(BaseSettings):
 
     def make_codec(self) -> KVCodec:
         """The codec to store with. Raises `Invalid` for a level it does not have or a package that is missing."""
-        return make_codec(self.codec, None if self.codec_level is None else {"level": self.codec_level})
+        config: dict[str, JSON] = {} if self.codec_level is None else {"level": self.codec_level}
+        if self.codec_calibration is not None:
+            config["calibration"] = self.codec_calibration
+        return make_codec(self.codec, config)
 
     def index_settings(self) -> IndexSettings:
         from lmcache_s3.index.service import IndexSettings

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _MAX_SHARDS = 4096
+_IN_CACHE = re.compile(r"(?P<root>.+)/spaces/[0-9a-f]{64}/extents/[0-9a-f]{2}/[^/]+")
 
 
 class ExtentArray:
@@ -73,7 +75,8 @@ class ExtentArray:
 def open_extent(url: str, *, storage_options: Mapping[str, Any] | None = None) -> ExtentArray:
     """Open an extent by the URL of its array: `file://`, `s3://` (extra `s3`), `memory://` or a plain path.
 
-    storage_options: fsspec's. Reads zarr.json and asks once per shard whether it is there.
+    storage_options: fsspec's. Reads zarr.json and asks once per shard whether it is there. Extents of codec `transform`
+    find their calibrations in the cache that they lie in.
     """
     import zarr
     from zarr.core.sync import sync
@@ -88,7 +91,25 @@ def open_extent(url: str, *, storage_options: Mapping[str, Any] | None = None) -
         for key in _shard_keys(array):
             if not sync((array.store_path / key).exists()):
                 raise Missing(f"{url} lacks its shard {key}", key=url)
+        _attach_calibrations(url, options)
     return ExtentArray(array, cast(str, kv_dtype))
+
+
+def _attach_calibrations(url: str, options: dict[str, Any] | None) -> None:
+    """Cells that name a calibration find it in the cache that the extent lies in, if it does lie in one."""
+    match = _IN_CACHE.fullmatch(url.rstrip("/"))
+    if match is None:
+        return
+    from lmcache_s3.codecs import calibrations
+    from lmcache_s3.codecs.calibration import MAX_FILE_BYTES
+    from lmcache_s3.tiers.stores.fsspec_ import FsspecStore
+
+    root = match["root"]
+
+    def fetch(digest: str) -> bytes:
+        return FsspecStore.from_url(root, options).get(calibrations.key_of(digest), limit_bytes=MAX_FILE_BYTES)
+
+    calibrations.attach(("extents", root), fetch)
 
 
 def _shard_keys(array: zarr.Array) -> Iterator[str]:

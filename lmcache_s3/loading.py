@@ -263,6 +263,9 @@ class Load:
                 self._tier_bytes[self._stack.name(level)] += part.cell.length
             try:
                 out = self._decoded(codec, data, piece.spec, part.position)
+            except Unavailable as e:  # the store that should have given the cell's calibration
+                self._fail(part, e)
+                continue
             except Unusable as e:
                 self._stack.discard([part.cell])
                 self._fail(part, e)

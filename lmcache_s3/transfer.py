@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lmcache_s3.budget import ByteBudget
+from lmcache_s3.calibration_store import attached
 from lmcache_s3.codecs.base import CellSpec, KVCodec
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Unavailable
 from lmcache_s3.extent import shard_index
@@ -126,6 +127,7 @@ class Transfer:
         keep_bytes = int(settings.staging_bytes * KEEP_SHARE)
         self.stack = TierStack(tiers, ObjectTier(store, space_id, shard_index, keep_buffers_bytes=keep_bytes))
         self._codecs = Codecs(codec)
+        self._calibrations = attached(store)
         check_staging(settings.staging_bytes, geometry, codec)
         # Several pieces must fit at once, or nothing overlaps.
         self._piece_bytes = min(settings.piece_bytes, settings.staging_bytes // 4)
@@ -139,6 +141,7 @@ class Transfer:
         self._running: set[Work[Any]] = set()
         self._steps = 0
         self._closed = False
+        self._calibrations.__enter__()
 
     # --- loads
 
@@ -369,4 +372,5 @@ class Transfer:
             pool.shutdown(wait=False, cancel_futures=True)
         self.drain(timeout_s)
         self._deadlines.close()
+        self._calibrations.__exit__(None, None, None)
         self.stack.close()

@@ -13,12 +13,13 @@ import typer
 
 from lmcache_s3.analysis.catalog import find_space, list_spaces, tending
 from lmcache_s3.analysis.traces import Fate, Trace, covered_uploads, traces
+from lmcache_s3.calibration_store import calibrated_codec
 from lmcache_s3.cli.common import Cli, table
 from lmcache_s3.cli.units import time_text
 from lmcache_s3.errors import Invalid
 from lmcache_s3.fidelity import measured_codec
 from lmcache_s3.identity import Space, prefix_hashes
-from lmcache_s3.types import ChunkRef
+from lmcache_s3.types import ChunkRef, Grid
 from lmcache_s3.weights import model_config, weights_digest
 
 _FATES = {
@@ -95,12 +96,16 @@ def _expected(cli: Cli, model: str, kv_dtype: str | None) -> dict[str, Any]:
     expected: dict[str, Any] = {"weights": weights, "chunk_tokens": settings.chunk_tokens}
     if isinstance(dtype, str):
         expected["kv_dtype"] = dtype.removeprefix("torch.")
+    dtype_known = expected.get("kv_dtype", "bfloat16")
+    codec = calibrated_codec(
+        cli.store, settings.make_codec(), weights=weights, kv_dtype=dtype_known, geometry=None, grid=Grid()
+    )
     _, expected["fidelity"] = measured_codec(
         cli.store,
-        settings.make_codec(),
+        codec,
         settings.max_kl,
         weights=weights,
-        kv_dtype=expected.get("kv_dtype", "bfloat16"),
+        kv_dtype=dtype_known,
         chunk_tokens=settings.chunk_tokens,
     )
     return expected

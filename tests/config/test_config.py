@@ -98,7 +98,7 @@ def test_environment_spells_null_size_and_mapping(monkeypatch: pytest.MonkeyPatc
         ({"url": URL, "codec": "fats"}, "codec: 'fats' is no codec; did you mean fast?"),
         (
             {"url": URL, "codec": "zzz"},
-            "codec: 'zzz' is no codec; there are fast, torch, safetensors, lossless, cachegen",
+            "codec: 'zzz' is no codec; there are fast, torch, safetensors, lossless, cachegen, transform",
         ),
         (
             {"url": URL, "chunk_tokens": 0},
@@ -193,6 +193,7 @@ def test_table_has_a_cost_for_every_setting() -> None:
 def test_every_setting_reads_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "ca_bundle": "/ca.pem", "storage_options": "{}", "codec": "cachegen", "weights_digest": "ab" * 32,
+            "codec_calibration": "ab" * 32,
         "disk_path": "/d", "addressing_style": "path", "read_only": "1", "single_writer": "1", "url": URL,
         "endpoint_url": "http://h", "region": "r", "profile": "p", "codec_level": "l",
         "tenant_bytes": '{"a": "1GiB"}',

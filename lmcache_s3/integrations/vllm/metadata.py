@@ -52,9 +52,13 @@ class UploadOrder:
 
 @dataclass
 class StepOrders(KVConnectorMetadata):
-    """One step's orders. `fail`: requests whose load cannot be ordered; workers report them failed at once."""
+    """One step's orders. `fail`: requests whose load cannot be ordered; workers report them failed at once.
+
+    calibration: digest of the one to store with, where the codec needs one.
+    """
 
     space_id: str | None = None
+    calibration: str | None = None
     loads: list[LoadOrder] = field(default_factory=list)
     gathers: list[GatherOrder] = field(default_factory=list)
     uploads: list[UploadOrder] = field(default_factory=list)

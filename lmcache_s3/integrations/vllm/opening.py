@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lmcache_s3.calibration_store import calibrated_codec
 from lmcache_s3.codecs.base import KVCodec
 from lmcache_s3.damage import DamageControl
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Unavailable, Unsafe
@@ -25,6 +26,7 @@ from lmcache_s3.integrations.vllm.model import ModelFacts
 from lmcache_s3.publish import Publisher
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.tiers.stores.open import open_store
+from lmcache_s3.types import Grid
 from lmcache_s3.weights import adapter_digest, weights_digest
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class OpenCache:
     publisher: Publisher
     damage: DamageControl
     before: Mapping[str, int]
+    calibration: str | None = None
 
     def facts(self) -> Mapping[str, Any]:
         """For the stats file; requests are counted from the opened index on (the start-up probe is not among them)."""
@@ -156,9 +159,18 @@ class Opening:
     def _open_in(self, store: CountingStore) -> OpenCache:
         settings = self._settings
         weights = settings.weights_digest or _digest_of(self._facts)
-        codec, fidelity = measured_codec(
+        grid = self._facts.grid(settings)
+        codec = calibrated_codec(
             store,
             self._codec,
+            weights=weights,
+            kv_dtype=self._facts.kv_dtype,
+            geometry=None if grid is None else self._facts.space(weights, settings, "exact").geometry,
+            grid=grid or Grid(),
+        )
+        codec, fidelity = measured_codec(
+            store,
+            codec,
             settings.max_kl,
             weights=weights,
             kv_dtype=self._facts.kv_dtype,
@@ -175,6 +187,7 @@ class Opening:
             Publisher(store, index, space, codec, before_commit=damage.settled_soon),
             damage,
             before=dict(store.counts),
+            calibration=str(codec.config["calibration"]) if "calibration" in codec.config else None,
         )
 
     def close(self) -> None:

@@ -197,7 +197,7 @@ class SchedulerRole:
         if cache is None or self._off:
             self._expire()
             return
-        orders.space_id = cache.space.id
+        orders.space_id, orders.calibration = cache.space.id, cache.calibration
         for new in output.scheduled_new_reqs:
             self._progress(orders, new.req_id, new.block_ids[0], True, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs

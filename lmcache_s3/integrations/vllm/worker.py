@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from lmcache_s3.calibration_store import with_calibration
 from lmcache_s3.codecs.base import KVCodec
 from lmcache_s3.errors import Bug, Invalid, LMCacheS3Error, Unusable
 from lmcache_s3.integrations.vllm.audit import Audit
@@ -156,6 +157,8 @@ class WorkerRole:
         self._failed_at_once.update(orders.fail)
         if orders.space_id is not None and self._transfer is None:  # made before the first load needs it
             try:
+                if orders.calibration is not None:
+                    self._codec = with_calibration(self._codec, orders.calibration)
                 self._transfer_for(orders.space_id)
             except LMCacheS3Error as error:
                 self.turn_off(str(error))
