@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -112,23 +112,45 @@ class TransformCodec(KVCodec):
 
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
         check_array(out, spec, what="out")
-        payload = unwrap(data, spec, position, max_bytes=self.max_encoded_bytes(spec))
-        position = said_position(data)
-        fixed, body = read_fixed(payload, spec)
-        if fixed.mode == RAW:
-            np.copyto(out, np.frombuffer(body, storage_dtype(spec)).reshape(spec.shape))
-            return
-        calibration = calibrations.find(fixed.calibration)
-        layout = layout_of(calibration, spec, position)
-        if isinstance(layout, str):
-            raise Unusable(layout, kind="calibration")
-        if fixed.level >= len(calibration.levels):
-            raise Unusable(f"transform level {fixed.level} of {len(calibration.levels)}", kind="payload")
-        parts = read_sections(body, fixed, layout, spec, position.first_token == 0)
-        _decode(calibration, layout, fixed.level, parts, spec, position.first_token, out)
+        read = read_cell(data, spec, position)
+        if isinstance(read, Cell):
+            _decode(read, spec, out)
+        else:
+            np.copyto(out, read)
 
 
-def _rotation(calibration: Calibration, first_token: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+class Cell(NamedTuple):
+    """A stored cell that is coded, read. level: index. first_token: position in the prompt."""
+
+    calibration: Calibration
+    layout: Layout
+    level: int
+    parts: Parts
+    first_token: int
+
+
+def read_cell(data: Buffer, spec: CellSpec, position: CellPosition | None) -> Cell | np.ndarray:
+    """A stored cell after everything was checked but whether its streams are whole; a raw one's bits, read-only.
+
+    Raises as `TransformCodec.decode`.
+    """
+    payload = unwrap(data, spec, position, max_bytes=HEADER_BYTES + FIXED_BYTES + raw_bytes(spec))
+    position = said_position(data)
+    fixed, body = read_fixed(payload, spec)
+    if fixed.mode == RAW:
+        return np.frombuffer(body, storage_dtype(spec)).reshape(spec.shape)
+    calibration = calibrations.find(fixed.calibration)
+    layout = layout_of(calibration, spec, position)
+    if isinstance(layout, str):
+        raise Unusable(layout, kind="calibration")
+    if fixed.level >= len(calibration.levels):
+        raise Unusable(f"transform level {fixed.level} of {len(calibration.levels)}", kind="payload")
+    parts = read_sections(body, fixed, layout, spec, position.first_token == 0)
+    return Cell(calibration, layout, fixed.level, parts, position.first_token)
+
+
+def rotation(calibration: Calibration, first_token: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """(cosine, sine) of keys at these positions, float32 [token, pair]."""
     from lmcache_s3.kernels.transform_turns import cos_sin
 
     return cos_sin(calibration.turns, first_token, tokens)
@@ -170,7 +192,7 @@ def _coded(
 
     tokens = spec.shape[2]
     step = calibration.levels[level].step
-    cosine, sine = _rotation(calibration, first_token, tokens)
+    cosine, sine = rotation(calibration, first_token, tokens)
     exact = np.zeros((len(layout.units), tokens), bool)
     exact[:, : int(first_token == 0)] = True
     quantised: list[np.ndarray] = []
@@ -210,21 +232,14 @@ def _exact_bits(layout: Layout, cell: np.ndarray, spec: CellSpec, exact: np.ndar
     return b"".join(parts)
 
 
-def _decode(
-    calibration: Calibration,
-    layout: Layout,
-    level: int,
-    parts: Parts,
-    spec: CellSpec,
-    first_token: int,
-    out: np.ndarray,
-) -> None:
+def _decode(cell: Cell, spec: CellSpec, out: np.ndarray) -> None:
     """All units into `out`. Raises `Unusable`."""
     from lmcache_s3.kernels import transform_streams
     from lmcache_s3.kernels.rans_tables import all_tables
 
+    calibration, layout, level, parts, first_token = cell
     tokens = spec.shape[2]
-    rotation = _rotation(calibration, first_token, tokens)
+    turns = rotation(calibration, first_token, tokens)
     most = max(placed.unit.packed.pairs for placed in layout.units)
     entries, filled = np.empty((tokens, most + 1), np.int64), np.empty(tokens, np.int64)
     step = calibration.levels[level].step
@@ -237,7 +252,7 @@ def _decode(
             entries, filled,
         ):  # fmt: skip
             raise Unusable("transform: a stream is not whole", kind="payload")
-        target.write(placed, unit.scaled(step), rotation, entries, filled, coded)
+        target.write(placed, unit.scaled(step), turns, entries, filled, coded)
     if not transform_streams.whole(parts.streams):
         raise Unusable("transform: a stream goes on behind its symbols", kind="payload")
     target.finish()
@@ -269,7 +284,7 @@ class _Target:
         self,
         placed: Placed,
         scaled: tuple[np.ndarray, ...],
-        rotation: tuple[np.ndarray, np.ndarray],
+        turns: tuple[np.ndarray, np.ndarray],
         entries: np.ndarray,
         filled: np.ndarray,
         coded: np.ndarray,
@@ -280,11 +295,11 @@ class _Target:
         unit = placed.unit
         plane, layer, token, head = self._strides
         start = unit.planes[0] * plane + placed.layers.start * layer + placed.heads.start * head
-        pairs = rotation[0].shape[1]
+        pairs = turns[0].shape[1]
         turned = unit.layers * unit.heads if pairs and unit.planes[0] == 0 else 0
         decode_values(
             unit.packed, scaled[0], scaled[1], unit.vectors, unit.mean.size // unit.vectors,
-            Rotation(rotation[0].reshape(-1), rotation[1].reshape(-1), pairs, turned), entries, filled, coded,
+            Rotation(turns[0].reshape(-1), turns[1].reshape(-1), pairs, turned), entries, filled, coded,
             self._flat, Place(start, plane, layer, token, head, unit.layers, unit.heads),
         )  # fmt: skip
 
