@@ -207,10 +207,10 @@ class _Coded:
         self.raw = np.frombuffer(parts[4], np.uint8).reshape(planes, raw)
 
     def decode(self, out: np.ndarray) -> None:
+        from lmcache_s3.kernels import column_numbers
         from lmcache_s3.kernels import column_rans as rans
-        from lmcache_s3.kernels import float_planes
 
-        layout, (planes, tokens, columns) = self.layout, self.shape
+        layout, (planes, _, columns) = self.layout, self.shape
         tables, own = rans.decoding_tables(self.frequencies), len(self.frequencies) - 2
         sides, place = np.empty((2, planes, columns), np.uint8), 0
         for side in range(2):
@@ -222,12 +222,13 @@ class _Coded:
         if self.escapes.size and self.escapes.max() >> (layout.width - layout.raw):
             raise Unusable("lossless: an escape out of range", kind="payload")
         bases = bases.astype(np.uint8)
-        symbols, escapes = np.empty((tokens, columns), np.uint8), self.escapes
-        item = np.dtype(f"u{ITEM_BYTES[self.spec.kv_dtype]}")
+        escapes, item = self.escapes, np.dtype(f"u{ITEM_BYTES[self.spec.kv_dtype]}")
         whole = out.reshape(-1).view(item).reshape(self.shape) if out.flags.c_contiguous else np.empty(self.shape, item)
         for plane in range(planes):
-            place = self._whole(rans.decode(self.states, self.words, place, chosen[plane], tables, symbols))
-            needed = float_planes.merge(symbols, bases[plane], self.raw[plane], escapes, layout, whole[plane])
+            place, needed = column_numbers.decode(
+                self.states, self.words, self._whole(place), chosen[plane], tables, bases[plane], self.raw[plane],
+                escapes, layout, whole[plane],
+            )  # fmt: skip
             if needed > len(escapes):
                 raise Unusable("lossless: escapes do not match the symbols", kind="payload")
             escapes = escapes[needed:]

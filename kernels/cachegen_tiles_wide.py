@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from lmcache_s3.kernels import cachegen_tiles_scalar
-from lmcache_s3.kernels.jit import kernel
+from lmcache_s3.kernels.jit import inlined, kernel
 from lmcache_s3.kernels.vectors import (
     Vector,
     as_f32,
@@ -26,13 +26,13 @@ from lmcache_s3.kernels.vectors import (
 )
 
 
-@kernel
+@inlined
 def _crossed(x: Vector) -> Vector:
     """The transform of blocks of 16."""
     return cross1(cross2(cross4(cross8(x))))
 
 
-@kernel
+@inlined
 def _store(x: Vector, flat: np.ndarray, to: int) -> None:
     """Float32 to `flat`, rounded to nearest even where that is bfloat16."""
     bits = bits_of_f32(x)
@@ -42,7 +42,7 @@ def _store(x: Vector, flat: np.ndarray, to: int) -> None:
         store(flat, to, bits)
 
 
-@kernel
+@inlined
 def _finish64(a: Vector, b: Vector, c: Vector, d: Vector, factor: np.float32, out: np.ndarray, to: int) -> None:
     """The transform of a block of 64, times factor, to out[to : to + 64]."""
     a, b, c, d = a + c, b + d, a - c, b - d
@@ -77,12 +77,12 @@ def _finish(y: np.ndarray, block: int, channels: int, factor: np.float32, out: n
             _store(_crossed(load16(y, i)) * factor, out, to + i)
 
 
-@kernel
+@inlined
 def _scaled(q: np.ndarray, i: int, halves: np.ndarray, steps: np.ndarray, j: int) -> Vector:
     return (as_f32(load16(q, i)) + load16(halves, j)) * load16(steps, j)
 
 
-@kernel
+@inlined
 def _taken(flat: np.ndarray, i: int) -> Vector:
     """Float32 of what lies there."""
     if flat.itemsize == 2:

@@ -9,9 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 from lmcache_s3.kernels import column_rans_scalar
-from lmcache_s3.kernels.jit import kernel
+from lmcache_s3.kernels.jit import inlined, kernel
 from lmcache_s3.kernels.rans_wide import put
-from lmcache_s3.kernels.vectors import as_u32, bits_of, count_bits, expand, gather, joined, load16, select, store
+from lmcache_s3.kernels.vectors import (
+    Vector,
+    as_u32,
+    bits_of,
+    count_bits,
+    expand,
+    gather,
+    joined,
+    load16,
+    select,
+    store,
+)
 
 _LANES = 32
 
@@ -50,6 +61,26 @@ def encode(
     return place
 
 
+@inlined
+def decode_step(
+    x0: Vector, x1: Vector, words: np.ndarray, place: int, offsets: np.ndarray, column: int, tables: np.ndarray
+) -> tuple[Vector, Vector, int, Vector]:
+    """A symbol of each lane, for the columns from `column` on: (states, new place, symbols of 32 u32).
+
+    At most 32 words from `place` on are looked at; the caller sees that they are there.
+    """
+    slot0 = gather(tables, load16(offsets, column) + (x0 & 0xFFF))
+    slot1 = gather(tables, load16(offsets, column + 16) + (x1 & 0xFFF))
+    x0 = (slot0 >> 20) * (x0 >> 12) + ((slot0 >> 8) & 0xFFF)
+    x1 = (slot1 >> 20) * (x1 >> 12) + ((slot1 >> 8) & 0xFFF)
+    low0, low1 = x0 < 0x10000, x1 < 0x10000
+    more0 = (x0 << 16) | expand(low0, as_u32(load16(words, place)))
+    place += count_bits(bits_of(low0))
+    more1 = (x1 << 16) | expand(low1, as_u32(load16(words, place)))
+    place += count_bits(bits_of(low1))
+    return select(low0, more0, x0), select(low1, more1, x1), place, joined(slot0, slot1) & 0xFF
+
+
 @kernel
 def decode(
     states: np.ndarray, words: np.ndarray, place: int, offsets: np.ndarray, tables: np.ndarray, out: np.ndarray
@@ -62,20 +93,10 @@ def decode(
     x0, x1 = load16(states, 0), load16(states, 16)
     for row in range(rows):
         for start in range(0, whole, _LANES):
-            # Words are looked at as far as 32 behind where a step begins, and those are there.
             if place > end:
                 return -1
-            slot0 = gather(tables, load16(offsets, start) + (x0 & 0xFFF))
-            slot1 = gather(tables, load16(offsets, start + 16) + (x1 & 0xFFF))
-            x0 = (slot0 >> 20) * (x0 >> 12) + ((slot0 >> 8) & 0xFFF)
-            x1 = (slot1 >> 20) * (x1 >> 12) + ((slot1 >> 8) & 0xFFF)
-            low0, low1 = x0 < 0x10000, x1 < 0x10000
-            more0 = (x0 << 16) | expand(low0, as_u32(load16(words, place)))
-            place += count_bits(bits_of(low0))
-            more1 = (x1 << 16) | expand(low1, as_u32(load16(words, place)))
-            place += count_bits(bits_of(low1))
-            x0, x1 = select(low0, more0, x0), select(low1, more1, x1)
-            store(flat, row * columns + start, joined(slot0, slot1) & 0xFF)
+            x0, x1, place, decoded = decode_step(x0, x1, words, place, offsets, start, tables)
+            store(flat, row * columns + start, decoded)
         if whole < columns:
             store(states, 0, x0)
             store(states, 16, x1)

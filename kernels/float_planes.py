@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lmcache_s3.kernels.jit import kernel
-from lmcache_s3.kernels.vectors import as_those_of, as_u8, load32, store
+from lmcache_s3.kernels.vectors import as_those_of, as_u8, load32, select, splat, store
 
 WINDOW_EXPONENTS = 16
 _STRETCH = 1024
@@ -229,18 +229,23 @@ def _kernels(layout: FloatLayout) -> _Kernels:
     within = np.uint32(layout.window - 1)
     mantissa, exponent = np.uint32(layout.mantissa), np.uint32((1 << layout.exponent) - 1)
 
-    @kernel
-    def symbol_of(bits: np.uint32, base: np.uint8) -> np.uint8:
-        above = np.uint32(((bits >> raw) & magnitude) - (np.uint32(base) << coded))
-        symbol = np.uint32(above + ((bits >> sign_at) << sign_symbol))
-        return np.uint8(symbol if above < window else escape)
-
+    # Closures over numbers only: over another kernel, they would be compiled anew in each process.
     @kernel
     def symbols(items: np.ndarray, bases: np.ndarray, out: np.ndarray) -> None:
-        for row in range(items.shape[0]):
-            line, target = items[row], out[row]
-            for column in range(line.size):
-                target[column] = symbol_of(np.uint32(line[column]), bases[column])
+        rows, columns = items.shape
+        flat, target = items.reshape(-1), out.reshape(-1)
+        whole = columns // 32 * 32
+        for row in range(rows):
+            for column in range(0, whole, 32):
+                line = load32(flat, row * columns + column)
+                high = ((line >> raw) & magnitude) - (as_those_of(flat, load32(bases, column)) << coded)
+                symbol = high + ((line >> sign_at) << sign_symbol)
+                store(target, row * columns + column, select(high < window, symbol, splat(symbol, escape)))
+            for column in range(whole, columns):
+                bits = np.uint32(items[row, column])
+                above = np.uint32(((bits >> raw) & magnitude) - (np.uint32(bases[column]) << coded))
+                one = np.uint32(above + ((bits >> sign_at) << sign_symbol))
+                out[row, column] = np.uint8(one if above < window else escape)
 
     @kernel
     def sample(planes: np.ndarray, bases: np.ndarray, step: int, counts: np.ndarray) -> None:
@@ -251,7 +256,10 @@ def _kernels(layout: FloatLayout) -> _Kernels:
             for row in range(line.shape[0]):
                 for i in range(columns):
                     column = plane % step + i * step
-                    counts[of_plane + i, symbol_of(np.uint32(line[row, column]), base[column])] += np.uint32(1)
+                    bits = np.uint32(line[row, column])
+                    above = np.uint32(((bits >> raw) & magnitude) - (np.uint32(base[column]) << coded))
+                    symbol = np.uint32(above + ((bits >> sign_at) << sign_symbol))
+                    counts[of_plane + i, np.uint8(symbol if above < window else escape)] += np.uint32(1)
             of_plane += columns
 
     @kernel

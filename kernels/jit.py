@@ -24,3 +24,8 @@ def kernel(function: F, signature: object = None, *, nogil: bool = True) -> F:
         return cast(F, numba.njit(signature, nogil=nogil, cache=True, fastmath=False)(function))
     except RuntimeError:  # Numba found no directory that it may write
         return cast(F, numba.njit(signature, nogil=nogil, fastmath=False)(function))
+
+
+def inlined(function: F) -> F:
+    """Compile what becomes part of each kernel that calls it, such as a step that hands vectors on in registers."""
+    return cast(F, numba.njit(forceinline=True, nogil=True, fastmath=False)(function))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from lmcache_s3.kernels import rans_scalar
-from lmcache_s3.kernels.jit import kernel
+from lmcache_s3.kernels.jit import inlined, kernel
 from lmcache_s3.kernels.rans_tables import Tables
 from lmcache_s3.kernels.vectors import (
     Vector,
@@ -120,7 +120,7 @@ def decode_run(
     return place, escape_place
 
 
-@kernel
+@inlined
 def put(x: Vector, entry: Vector, words: np.ndarray, place: int) -> tuple[Vector, int]:
     """Code a symbol in each of 16 states: (states, place). entry: u32, first slot << 12 | frequency, below 2³¹."""
     frequency = entry & 0xFFF

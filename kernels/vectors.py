@@ -234,7 +234,7 @@ def _splatting(element: str, count: int) -> Any:
     return splat
 
 
-def splat(like: Vector, number: complex) -> Vector:
+def splat(like: Vector, number: Any) -> Vector:
     """A vector as `like`, of one number."""
     raise NotImplementedError("only in kernels")
 
