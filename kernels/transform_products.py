@@ -131,43 +131,43 @@ def _add_16(
 
 
 @kernel
-def add_up(
-    packed: Packed,
-    block: int,
-    entries: np.ndarray,
-    filled: np.ndarray,
-    tokens: int,
-    ends: np.ndarray,
-    totals: np.ndarray,
-) -> None:
-    """totals, int32 [token · column], of one block and so many tokens.
+def ends_of(packed: Packed, entries: np.ndarray, filled: np.ndarray, tokens: int) -> np.ndarray:
+    """Where entries of each so many pairs begin and end, int64 [some + 1, token], in `entries` flat.
 
-    entries: int64 [token, …]; of each the first `filled` are pair · 2³² + its two int16, pairs rising. ends: int64
-    [2 · token], for our use.
+    entries: int64 [token, …]; of each the first `filled` are pair · 2³² + its two int16, pairs rising.
     """
     length = entries.shape[1]
     every = entries.reshape(-1)
-    columns = packed.columns
-    totals[: tokens * columns] = 0
+    parts = (packed.pairs + _SOME_PAIRS - 1) // _SOME_PAIRS
+    ends = np.empty((parts + 1, tokens), np.int64)
     for token in range(tokens):
-        ends[token] = token * length
-    for some in range(0, packed.pairs, _SOME_PAIRS):
-        limit = np.int64(some + _SOME_PAIRS) << 32
-        for token in range(tokens):
-            i = ends[token]
-            last = token * length + filled[token]
-            ends[tokens + token] = i
-            if limit >> 32 >= packed.pairs:
+        i = token * length
+        last = i + filled[token]
+        for part in range(parts):
+            ends[part, token] = i
+            limit = np.int64(part + 1) * _SOME_PAIRS << 32
+            if part == parts - 1:
                 i = last
             while i < last and every[i] < limit:
                 i += 1
-            ends[token] = i
+        ends[parts, token] = last
+    return ends
+
+
+@kernel
+def add_up(packed: Packed, block: int, entries: np.ndarray, ends: np.ndarray, totals: np.ndarray) -> None:
+    """totals, int32 [token · column], of one block, from entries with their `ends_of`."""
+    every = entries.reshape(-1)
+    columns = packed.columns
+    tokens = ends.shape[1]
+    totals[: tokens * columns] = 0
+    for part in range(ends.shape[0] - 1):
         for first in range(0, columns, _SLICE):
             width = min(_SLICE, columns - first)
             start = (block * columns + first) * packed.pairs * 2
             for token in range(tokens):
-                i = ends[tokens + token]
-                end = ends[token]
+                i = ends[part, token]
+                end = ends[part + 1, token]
                 if width == _SLICE:
                     _add_64(packed.weights, start, every, i, end, totals, token * columns + first)
                 else:

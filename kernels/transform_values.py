@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmcache_s3.kernels.jit import kernel
-from lmcache_s3.kernels.transform_products import Packed, add_up
+from lmcache_s3.kernels.transform_products import Packed, add_up, ends_of
 from lmcache_s3.kernels.vectors import as_f32, as_u16, bits_of_f32, load16, store
 
 
@@ -99,14 +99,14 @@ def decode_values(
     """
     columns = packed.columns
     totals = np.empty(tokens.size * columns, np.int32)
-    ends = np.empty(2 * tokens.size, np.int64)
+    ends = ends_of(packed, entries, filled, tokens.size)
     y = np.empty(columns, np.float32)
     bits = y.view(np.uint32)
     short = flat.itemsize == 2
     for block in range((vectors + packed.vectors - 1) // packed.vectors):
         first = block * packed.vectors
         n = min(packed.vectors, vectors - first)
-        add_up(packed, block, entries, filled, tokens.size, ends, totals)
+        add_up(packed, block, entries, ends, totals)
         for i in range(tokens.size):
             token = tokens[i]
             for column in range(0, columns, 16):
