@@ -30,11 +30,12 @@ JSON ?= bench-e2e.json
 bench: setup
 	$(BIN)/lmcache-s3 bench e2e --json $(JSON)
 
-# On a machine with an NVIDIA GPU: checks the Triton kernels' bits, then measures. Uses PYTHON's torch and triton where it
-# has them (exit 2: no GPU, nothing measured).
+# On a machine with an NVIDIA GPU: checks the Triton kernels' bits, then measures (exit 2: no GPU, nothing measured).
+# Takes PYTHON's own torch where that has CUDA.
 GPU_JSON ?= bench-gpu.json
+HAS_CUDA = import torch; torch.cuda.is_available() and print("--system-site-packages")
 bench-gpu:
-	@[ -x .venv-gpu/bin/python ] || $(PYTHON) -m venv --system-site-packages .venv-gpu
+	@[ -x .venv-gpu/bin/python ] || $(PYTHON) -m venv $$($(PYTHON) -c '$(HAS_CUDA)' 2>/dev/null) .venv-gpu
 	@.venv-gpu/bin/python -m pip install --quiet -e '.[gpu]'
 	@.venv-gpu/bin/lmcache-s3 bench gpu --json $(GPU_JSON)
 

@@ -63,7 +63,7 @@ def _decode_batch(
         if rows is not None:
             coded[i] = (rows, bool(exact.shape[2]))
         if exact.size:
-            _place(exact, places, i)
+            place_exact(exact, places, i)
     if not coded:
         return
     device = places.addresses.device
@@ -108,7 +108,7 @@ def _take(spec: CellSpec, places: Places, cell: int, count: int) -> np.ndarray:
     return bits.view(dtype).reshape(shape)
 
 
-def _place(exact: np.ndarray, places: Places, cell: int) -> None:
+def place_exact(exact: np.ndarray, places: Places, cell: int) -> None:
     kv, layers, tokens, heads, channels = exact.shape
     bits = np.array(exact, order="C").view(f"u{exact.itemsize}").reshape(kv * layers, tokens, heads, channels)
     device_cachegen.place(torch.from_numpy(bits).to(places.addresses.device), places, cell, 0)

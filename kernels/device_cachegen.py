@@ -1,8 +1,8 @@
 """`cachegen` rows on a device: tensors in, tensors out, by the Triton kernels; the same bits as `cachegen_rows.py`.
 
 All rows of a batch of cells go in one launch a stage. A stream is decoded by one warp, so a batch should hold some
-hundreds of rows to keep a large GPU busy; a cell has kv · layers. Decoding never waits for the device: what is wrong with
-a row stands in its answer. Scratch is a byte a value.
+hundreds of rows to keep a large GPU busy; a cell has kv · layers. Decoding never waits for the device: what is wrong
+with a row stands in its answer. Scratch is a byte a value.
 
 On a CPU the kernels run in Triton's interpreter, if TRITON_INTERPRET=1 was set before Triton was imported: for tests.
 Raises `Bug` for shapes that do not fit. Threads: as torch's; work is queued on the current stream.
@@ -223,7 +223,7 @@ def write_values(rows: DeviceRows, values: Values, places: Places, kv_dtype: str
             rows.layers, rows.kv * rows.layers, rows.tokens, places.head_stride, places.channel_strides[plane],
             values.codes.shape[1], values.q.shape[1],
             heads=rows.heads, channels=rows.channels, PER_TOKEN=plane == 1,
-            BLOCK=block, LEVELS=block.bit_length() - 1, TILE=tile, **_format(kv_dtype), enable_fp_fusion=False,
+            BLOCK=block, LEVELS=block.bit_length() - 1, TILE=tile, **format_of(kv_dtype), enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def _check(rows: DeviceRows, places: Places) -> None:
         raise Bug(f"places of {found}, rows want {wanted}", kind="shape")
 
 
-def _format(kv_dtype: str) -> dict[str, int]:
+def format_of(kv_dtype: str) -> dict[str, int]:
     bits, mantissa, bias, largest, _ = FORMATS[kv_dtype]
     return {"BITS": bits, "MANTISSA": mantissa, "BIAS": bias, "LARGEST": largest}
 

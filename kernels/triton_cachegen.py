@@ -28,7 +28,7 @@ def hadamard(y, tile: tl.constexpr, block: tl.constexpr, levels: tl.constexpr):
 
 
 @triton.jit
-def _narrow(y, bits: tl.constexpr, mantissa: tl.constexpr, bias: tl.constexpr, largest: tl.constexpr):
+def narrow_bits(y, bits: tl.constexpr, mantissa: tl.constexpr, bias: tl.constexpr, largest: tl.constexpr):
     """float32 → the bits of the format, clipped to its largest number (given as float32 bits), to nearest even."""
     x = y.to(tl.uint32, bitcast=True)
     if bits == 32:
@@ -84,7 +84,7 @@ def dequantise(
     wrong = known & ((code < _MIN_CODE) | (code > _MAX_CODE))
     tl.store(status + row + tl.zeros_like(code), STEP_OUT_OF_RANGE, mask=wrong)
     y = y * ((code & 0x3FF) << 21).to(tl.float32, bitcast=True)
-    narrow = _narrow(hadamard(y, TILE, BLOCK, LEVELS), BITS, MANTISSA, BIAS, LARGEST)
+    narrow = narrow_bits(hadamard(y, TILE, BLOCK, LEVELS), BITS, MANTISSA, BIAS, LARGEST)
     place = tl.load(
         places + cell.to(tl.int64) * tokens + uncoded + vector // heads,
         mask=start < (tokens - uncoded) * width,

@@ -36,7 +36,7 @@ def vote(flags, lanes):
 
 
 @triton.jit
-def _decode_run(
+def decode_run(
     states, words, place, n_words, escapes, escape_place, n_escapes, slots, values, table, out, count
 ):  # fmt: skip
     """Decode `count` values of a run into `out` (i8, even address, a spare byte); (states, place, escape_place)."""
@@ -103,17 +103,17 @@ def decode_rows(
     place = tl.full([], 0, tl.int32)
     escape_place = tl.full([], 0, tl.int32)
     table = tl.load(chosen + row * 3).to(tl.int32)
-    x, place, escape_place = _decode_run(
+    x, place, escape_place = decode_run(
         x, words, place, n_words, escapes, escape_place, n_escapes, slots, values, table,
         codes + row * side_stride, n_codes,
     )  # fmt: skip
     table = tl.load(chosen + row * 3 + 1).to(tl.int32)
-    x, place, escape_place = _decode_run(
+    x, place, escape_place = decode_run(
         x, words, place, n_words, escapes, escape_place, n_escapes, slots, values, table,
         means + row * side_stride, n_means,
     )  # fmt: skip
     table = tl.load(chosen + row * 3 + 2).to(tl.int32)
-    x, place, escape_place = _decode_run(
+    x, place, escape_place = decode_run(
         x, words, place, n_words, escapes, escape_place, n_escapes, slots, values, table,
         q + row * q_stride, coded * width,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from lmcache_s3.types import STORAGE_DTYPE, KVDtype
 
 Shape = tuple[int, int, int, int, int]
 UNSIGNED = {name: np.dtype(f"u{np.dtype(stored).itemsize}") for name, stored in STORAGE_DTYPE.items()}
-_UNTOUCHED = 0xA5
+UNTOUCHED = 0xA5
 """What memory holds before; what is still there afterwards was not written."""
 
 
@@ -44,7 +44,7 @@ def position_of(cell: int) -> CellPosition:
 def memory(shape: tuple[int, ...], kv_dtype: KVDtype, device: torch.device) -> torch.Tensor:
     """Unsigned integers as wide as the kv dtype's, all of them marked as untouched."""
     bits = UNSIGNED[kv_dtype]
-    return torch.from_numpy(np.full((*shape, bits.itemsize), _UNTOUCHED, np.uint8).view(bits)[..., 0]).to(device)
+    return torch.from_numpy(np.full((*shape, bits.itemsize), UNTOUCHED, np.uint8).view(bits)[..., 0]).to(device)
 
 
 def host(tensor: torch.Tensor) -> np.ndarray:
@@ -85,7 +85,7 @@ def check_decode_dense(
     outcomes = decode_cachegen(stored, spec, [position_of(i) for i in range(cells)], Places.dense(out))
     assert outcomes == [None] * cells, outcomes
     assert np.array_equal(host(out), decoded_on_cpu(stored, spec)), f"{spec}, {level}: other bits than the CPU's"
-    assert (host(whole[..., channels:]).view(np.uint8) == _UNTOUCHED).all(), "written between the rows"
+    assert (host(whole[..., channels:]).view(np.uint8) == UNTOUCHED).all(), "written between the rows"
 
 
 def check_decode_raw(device: torch.device, kv_dtype: KVDtype) -> None:
@@ -168,7 +168,7 @@ def check_damage(device: torch.device, mutations: int, seed: int = 0) -> None:
     cells += whole
     padded = memory((len(cells), 3, *spec.shape), spec.kv_dtype, device)
     outcomes = decode_cachegen(cells, spec, [None] * len(cells), Places.dense(padded[:, 1]))
-    assert (host(padded[:, ::2]).view(np.uint8) == _UNTOUCHED).all(), "written outside a cell"
+    assert (host(padded[:, ::2]).view(np.uint8) == UNTOUCHED).all(), "written outside a cell"
     assert outcomes[-2:] == [None, None]
     for i, (data, outcome) in enumerate(zip(cells, outcomes, strict=True)):
         wanted = _usable_on_cpu(data, spec)

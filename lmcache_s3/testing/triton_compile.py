@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lmcache_s3.kernels import triton_cachegen, triton_encode, triton_rans
+from lmcache_s3.kernels import triton_cachegen, triton_encode, triton_rans, triton_transform
 from lmcache_s3.kernels.device_cachegen import FORMATS, TILE_VALUES
 
 _POINTERS = {
@@ -22,6 +22,10 @@ _POINTERS = {
     "status": "*i32", "bases": "*i32", "addresses": "*i64", "places": "*i64", "source": "*u16", "target": "*u16",
     "y": "*fp32", "wanted": "*fp64", "steps": "*fp64", "failed": "*i32", "costs": "*u32", "symbols": "*u8",
     "frequencies": "*u32", "starts": "*u32", "n_words": "*i32", "n_escapes": "*i32", "ends": "*i64", "packed": "*u16",
+    "run_starts": "*i32", "run_tables": "*u8", "run_rows": "*i32", "run_units": "*i32", "counts": "*i32",
+    "matrices": "*fp16", "cosine": "*fp32", "sine": "*fp32", "coded": "*i32", "of_unit": "*i32", "of_matrix": "*i64",
+    "of_stride": "*i32", "of_live": "*i32", "of_q": "*i32", "of_row": "*i32", "of_head": "*i32", "of_turned": "*i32",
+    "of_cell": "*i32", "of_token": "*i32", "channel_strides": "*i64",
 }  # fmt: skip
 """Argument → type; the others are i32 (as most are: those above 2³¹ are compiled for i64)."""
 _SHAPE = {"heads": 8, "channels": 128}
@@ -51,6 +55,11 @@ def check_compiles(capability: int, kv_dtype: str = "bfloat16") -> None:
     _ptx(triton_encode.code_steps, {"TILE": 1024}, capability, types=means)
     _ptx(triton_encode.choose_tables, {"TILE": 1024, "TOGETHER": 16}, capability)
     _ptx(triton_encode.encode_rows, {}, capability, warps=1)
+    _ptx(triton_transform.decode_streams, {}, capability, warps=1)
+    product = {"HALF": 64, "TOKENS": 64, "DEPTH": 64, "channels": 128, **narrow, "LARGEST": form.largest}
+    text = _ptx(triton_transform.write_values, product, capability, types={"mean": "*fp32", "scale": "*fp32"})
+    assert "mma" in text, "the product does not use tensor cores"
+    _ptx(triton_transform.place_vectors, {"TILE": TILE_VALUES}, capability)
     _ptx(triton_encode.pack, {"TILE": 1024}, capability)
 
 

@@ -1,0 +1,148 @@
+"""Stored `transform` cells into a device's memory: what a GPU decodes crosses the bus in coded form.
+
+Header, checksum and sections are checked on the host, as `TransformCodec` does; `kernels/device_transform.py` does the
+rest. The same bits as on a CPU. Blocks until the device is done. Raises `Bug` for arguments that do not fit each other;
+a cell that cannot be used is an outcome, not an exception.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from threading import Lock
+
+import numpy as np
+import torch
+
+from lmcache_s3.codecs.base import CellPosition, CellSpec
+from lmcache_s3.codecs.calibration import Calibration
+from lmcache_s3.codecs.device import on, place_exact
+from lmcache_s3.codecs.transform import Cell, read_cell, rotation
+from lmcache_s3.codecs.transform_layout import Layout, Placed
+from lmcache_s3.errors import Bug, Unavailable, Unusable
+from lmcache_s3.kernels import device_transform
+from lmcache_s3.kernels.device_cachegen import Places
+from lmcache_s3.kernels.device_transform import Plan, StreamArrays, UnitArrays
+from lmcache_s3.kernels.triton_rans import WHOLE
+from lmcache_s3.types import Buffer
+
+Outcome = Unusable | Unavailable | None
+_Key = tuple[str, int, int, int, int, int, torch.device]
+_MOST_PLANS = 16
+_plans: OrderedDict[_Key, Plan] = OrderedDict()
+_plans_lock = Lock()
+
+
+def decode_transform(
+    cells: Sequence[Buffer], spec: CellSpec, positions: Sequence[CellPosition | None], places: Places
+) -> list[Outcome]:
+    """Decode stored cells of one shape into device memory, those that share a calibration at once; what became of each.
+
+    positions: as in `KVCodec.decode`. places: of as many cells; elements are as wide as the kv dtype's. A cell that
+    came out unusable has undefined values in its own places; memory elsewhere is not touched. Scratch is a byte a coded
+    coefficient.
+    """
+    if not len(cells) == len(positions) == places.cells:
+        raise Bug(f"{len(cells)} cells, {len(positions)} positions, {places.cells} places", kind="shape")
+    outcomes: list[Outcome] = [None] * len(cells)
+    together: dict[_Key, dict[int, Cell]] = {}
+    device = places.addresses.device
+    with on(device):
+        for i, (data, position) in enumerate(zip(cells, positions, strict=True)):
+            try:
+                read = read_cell(data, spec, position)
+            except (Unusable, Unavailable) as e:
+                outcomes[i] = e
+                continue
+            if isinstance(read, Cell):
+                together.setdefault(_key(read, spec, device), {})[i] = read
+            else:
+                place_exact(read, places, i)
+        for key, of_plan in together.items():
+            _decode(_plan(key, next(iter(of_plan.values())), spec), of_plan, spec, places, outcomes)
+    return outcomes
+
+
+def _key(cell: Cell, spec: CellSpec, device: torch.device) -> _Key:
+    """What a plan depends on: calibration, level, and which box of the model the cells hold."""
+    placed = cell.layout.units[0]
+    first_layer = placed.unit.first_layer - placed.layers.start
+    first_head = placed.unit.first_head - placed.heads.start
+    return (cell.calibration.digest, cell.level, first_layer, spec.shape[1], first_head, spec.shape[3], device)
+
+
+def _plan(key: _Key, cell: Cell, spec: CellSpec) -> Plan:
+    """Made once; the oldest are dropped. A plan is of the size of the calibration's coded part."""
+    with _plans_lock:
+        plan = _plans.pop(key, None)
+    if plan is None:
+        units = [_arrays(cell.calibration, placed, cell.level, spec.shape[1]) for placed in cell.layout.units]
+        plan = device_transform.make_plan(units, cell.layout.streams, spec.shape[4], key[-1])
+    with _plans_lock:
+        _plans[key] = plan
+        while len(_plans) > _MOST_PLANS:
+            _plans.popitem(last=False)
+    return plan
+
+
+def _arrays(calibration: Calibration, placed: Placed, level: int, cell_layers: int) -> UnitArrays:
+    unit = placed.unit
+    rows, heads = _vectors(placed, cell_layers)
+    turned = np.where(rows < cell_layers, calibration.turns.size, 0)
+    scale = unit.inverse_scale * np.float32(calibration.levels[level].step)
+    return UnitArrays(
+        rows, heads, unit.inverse, scale, unit.mean, unit.tables[level], turned, placed.first_stream, placed.streams
+    )
+
+
+def _vectors(placed: Placed, cell_layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row, head in the cell) of each of a unit's vectors."""
+    planes = np.array(placed.unit.planes)
+    layers = np.arange(placed.layers.start, placed.layers.stop)
+    heads = np.arange(placed.heads.start, placed.heads.stop)
+    rows = np.repeat((planes[:, None] * cell_layers + layers).reshape(-1), heads.size)
+    return rows, np.tile(heads, rows.size // heads.size)
+
+
+def _decode(plan: Plan, cells: dict[int, Cell], spec: CellSpec, places: Places, outcomes: list[Outcome]) -> None:
+    those = places.of(list(cells))
+    tokens = spec.shape[2]
+    turns = [rotation(cell.calibration, cell.first_token, tokens) for cell in cells.values()]
+    streams = device_transform.upload(
+        [_streams(cell) for cell in cells.values()],
+        np.stack([~cell.parts.exact for cell in cells.values()]),
+        (np.stack([cosine for cosine, _ in turns]), np.stack([sine for _, sine in turns])),
+        those.addresses.device,
+    )
+    status = device_transform.decode(plan, streams, those, spec.kv_dtype)
+    exact = [_exact(cell.layout, cell.parts.exact, n, spec.shape[1]) for n, cell in enumerate(cells.values())]
+    bits = [cell.parts.bits.view(f"u{cell.parts.bits.itemsize}") for cell in cells.values()]
+    source = np.concatenate(bits).reshape(-1, spec.shape[4])
+    device_transform.place_vectors(source, np.concatenate(exact), those)
+    for i, of_cell in zip(cells, status.cpu().numpy(), strict=True):
+        if (of_cell != WHOLE.value).any():
+            outcomes[i] = Unusable("transform: a stream is not whole", kind="payload")
+
+
+def _streams(cell: Cell) -> StreamArrays:
+    streams = cell.parts.streams
+    words, escapes = int(streams.word_ends[-1]), int(streams.escape_ends[-1])
+    return StreamArrays(
+        streams.states,
+        streams.words[:words],
+        streams.escapes[:escapes],
+        streams.word_ends - streams.places,
+        streams.escape_ends - streams.escape_places,
+    )
+
+
+def _exact(layout: Layout, exact: np.ndarray, cell: int, cell_layers: int) -> np.ndarray:
+    """int [vector, 4] for `place_vectors`, in the order of `Parts.bits`."""
+    parts = [np.empty((0, 4), np.int64)]
+    for placed, of_unit in zip(layout.units, exact, strict=True):
+        rows, heads = _vectors(placed, cell_layers)
+        kept = np.flatnonzero(of_unit)
+        where = np.empty((kept.size, rows.size, 4), np.int64)
+        where[:, :, 0], where[:, :, 1], where[:, :, 2], where[:, :, 3] = cell, rows, heads, kept[:, None]
+        parts.append(where.reshape(-1, 4))
+    return np.concatenate(parts)

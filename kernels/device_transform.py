@@ -1,0 +1,212 @@
+"""Decoding `transform` cells on a device: a plan made once of a calibration, then two launches a batch of cells.
+
+The first reads all streams of all cells, one warp a stream; the second multiplies, scales, turns, rounds and scatters.
+The same bits as `transform_values.py`. Scratch is a byte a coefficient that is coded. Nothing waits for the device.
+Raises `Bug` for shapes that do not fit. Threads: as torch's; work is queued on the current stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lmcache_s3.errors import Bug
+from lmcache_s3.kernels import triton_transform
+from lmcache_s3.kernels.device_cachegen import (
+    TILE_VALUES,
+    Places,
+    device_tables,
+    format_of,
+    on_device,
+    padded,
+)
+
+_TOKENS = 64
+_DEPTH = 64
+"""Coded tokens and coefficients of a step of the product."""
+
+
+class UnitArrays(NamedTuple):
+    """What decoding a unit at one level takes. rows: int [vector], plane · layers + layer in the cell; heads: int
+    [vector], in the cell. inverse: int16 [value, ≥ coefficient]; scale (times the step), mean: float32 [value]; tables:
+    u8 [coefficient]. turned: pairs of channels that are turned, of each vector. first_stream, streams: of the cell's.
+    """
+
+    rows: np.ndarray
+    heads: np.ndarray
+    inverse: np.ndarray
+    scale: np.ndarray
+    mean: np.ndarray
+    tables: np.ndarray
+    turned: np.ndarray
+    first_stream: int
+    streams: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A cell's units at one level, on a device; see `triton_transform` for the tensors.
+
+    runs: starts, tables, rows of q, units. vectors: unit, matrix, stride, live, q, row, head, turned, as
+    `write_values` wants them.
+    """
+
+    runs: tuple[torch.Tensor, ...]
+    of_vectors: tuple[torch.Tensor, ...]
+    matrices: torch.Tensor
+    scale: torch.Tensor
+    mean: torch.Tensor
+    streams: int
+    units: int
+    coefficients: int
+    vectors: int
+    channels: int
+
+
+class StreamArrays(NamedTuple):
+    """Streams of a cell on the host: states u32 [stream, 32], words u16, escapes i8; word_counts, escape_counts int64
+    [stream], which add up to theirs."""
+
+    states: np.ndarray
+    words: np.ndarray
+    escapes: np.ndarray
+    word_counts: np.ndarray
+    escape_counts: np.ndarray
+
+
+def make_plan(units: Sequence[UnitArrays], streams: int, channels: int, device: torch.device) -> Plan:
+    """Tables and matrices to the device, 2 bytes a number of the coefficients that the level codes."""
+    runs: list[list[tuple[int, int, int]]] = [[] for _ in range(streams)]
+    parts: list[np.ndarray] = []
+    vectors: list[tuple[np.ndarray, ...]] = []
+    coefficients = at = 0
+    for number, unit in enumerate(units):
+        live = unit.tables.size
+        for r in range(live):
+            runs[unit.first_stream + r % unit.streams].append((int(unit.tables[r]), coefficients + r, number))
+        stride = max(16, -(-live // 16) * 16)
+        matrix = np.zeros((unit.mean.size, stride), np.float16)
+        matrix[:, :live] = unit.inverse[:, :live]
+        parts.append(matrix.reshape(-1))
+        n = unit.rows.size
+        first = at + np.arange(n, dtype=np.int64) * channels * stride
+        vectors.append((
+            np.full(n, number), first, np.full(n, stride), np.full(n, live), np.full(n, coefficients),
+            unit.rows, unit.heads, unit.turned,
+        ))  # fmt: skip
+        coefficients += live
+        at += matrix.size
+    starts = np.concatenate(([0], np.cumsum([len(one) for one in runs])))
+    flat = np.array([run for one in runs for run in one], np.int64).reshape(-1, 3)
+    kinds = (np.uint8, np.int32, np.int32)
+    of_vectors = [np.concatenate(column) for column in zip(*vectors, strict=True)]
+    return Plan(
+        (
+            on_device(device, starts.astype(np.int32)),
+            *(on_device(device, flat[:, i].astype(kind)) for i, kind in enumerate(kinds)),
+        ),
+        tuple(on_device(device, of.astype(np.int64 if i == 1 else np.int32)) for i, of in enumerate(of_vectors)),
+        on_device(device, np.concatenate(parts)),
+        on_device(device, np.concatenate([unit.scale for unit in units])),
+        on_device(device, np.concatenate([unit.mean for unit in units])),
+        streams, len(units), coefficients, of_vectors[0].size, channels,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStreams:
+    """Streams of a batch of cells on a device, and what else decoding them takes; see `triton_transform`."""
+
+    states: torch.Tensor
+    words: torch.Tensor
+    word_ends: torch.Tensor
+    escapes: torch.Tensor
+    escape_ends: torch.Tensor
+    counts: torch.Tensor
+    coded: torch.Tensor
+    cosine: torch.Tensor
+    sine: torch.Tensor
+
+
+def upload(
+    cells: Sequence[StreamArrays], coded: np.ndarray, turns: tuple[np.ndarray, np.ndarray], device: torch.device
+) -> DeviceStreams:
+    """A batch of cells of one plan to a device.
+
+    coded: bool [cell, unit, token], whether it is. turns: cosine, sine, float32 [cell, token, pair].
+    """
+    if len(coded) != len(cells) or turns[0].shape[:2] != (len(cells), coded.shape[2]):
+        raise Bug(f"{len(cells)} cells, coded tokens {coded.shape}, turns {turns[0].shape}", kind="shape")
+    words = np.concatenate([cell.words for cell in cells] + [np.zeros(1, np.uint16)])
+    escapes = np.concatenate([cell.escapes for cell in cells] + [np.zeros(1, np.int8)])
+
+    def ends(counts: list[np.ndarray]) -> torch.Tensor:
+        return on_device(device, np.concatenate(([0], np.cumsum(np.concatenate(counts)))))
+
+    return DeviceStreams(
+        on_device(device, np.concatenate([cell.states for cell in cells])),
+        on_device(device, words),
+        ends([cell.word_counts for cell in cells]),
+        on_device(device, escapes.view(np.uint8)),
+        ends([cell.escape_counts for cell in cells]),
+        on_device(device, coded.sum(axis=2, dtype=np.int32)),
+        on_device(device, np.argsort(~coded, axis=2, kind="stable").astype(np.int32)),
+        on_device(device, turns[0]),
+        on_device(device, turns[1]),
+    )
+
+
+def decode(plan: Plan, streams: DeviceStreams, places: Places, kv_dtype: str) -> torch.Tensor:
+    """Decode coded tokens of a batch of cells to their places; int32 [cell, stream]: `WHOLE` or `NOT_WHOLE`.
+
+    Memory outside the cells' places is never touched, whatever the streams hold.
+    """
+    kv, n, tokens = places.tokens.shape
+    if tuple(streams.coded.shape) != (n, plan.units, tokens):
+        raise Bug(f"{n} places of {tokens} tokens, streams of {tuple(streams.coded.shape)}", kind="shape")
+    device = places.addresses.device
+    q_stride = padded(tokens)
+    q = torch.empty((n, plan.coefficients, q_stride), dtype=torch.int8, device=device)
+    status = torch.empty((n, plan.streams), dtype=torch.int32, device=device)
+    tables = device_tables(device)
+    triton_transform.decode_streams[(n * plan.streams,)](
+        streams.states, streams.words, streams.word_ends, streams.escapes, streams.escape_ends, *plan.runs,
+        streams.counts, tables.slots, tables.values,
+        q, status, plan.streams, plan.units, plan.coefficients, q_stride, num_warps=1,
+    )  # fmt: skip
+    pairs = streams.cosine.shape[2]
+    half = max(16, 1 << ((plan.channels + 1) // 2 - 1).bit_length())
+    cell_rows = places.addresses.shape[1]
+    triton_transform.write_values[(-(-tokens // _TOKENS), plan.vectors, n)](
+        q, plan.matrices, plan.scale, plan.mean, streams.cosine, streams.sine,
+        streams.coded, streams.counts, places.addresses, places.tokens, *plan.of_vectors,
+        plan.units, plan.coefficients, n, tokens, cell_rows, cell_rows // kv, pairs, q_stride,
+        places.head_stride, _channel_strides(places),
+        channels=plan.channels, HALF=half, TOKENS=_TOKENS, DEPTH=_DEPTH, **format_of(kv_dtype),
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return status
+
+
+def place_vectors(source: np.ndarray, where: np.ndarray, places: Places) -> None:
+    """Copy vectors that are stored as they are. source: unsigned [vector, channel]; where: int [vector, 4], the cell,
+    row (plane · layers + layer), head and token of each."""
+    kv, n, tokens = places.tokens.shape
+    count, channels = source.shape
+    if not count:
+        return
+    device = places.addresses.device
+    cell_rows = places.addresses.shape[1]
+    columns = (on_device(device, where[:, i].astype(np.int32)) for i in range(4))
+    triton_transform.place_vectors[(-(-count * channels // TILE_VALUES),)](
+        on_device(device, source), *columns, places.addresses, places.tokens, count, channels,
+        n, tokens, cell_rows, cell_rows // kv, places.head_stride, _channel_strides(places), TILE=TILE_VALUES,
+    )  # fmt: skip
+
+
+def _channel_strides(places: Places) -> torch.Tensor:
+    return on_device(places.addresses.device, np.array(places.channel_strides, np.int64))
