@@ -38,6 +38,8 @@ _FIXED = struct.Struct("<BBBBII")
 _DTYPES: dict[str, int] = {"bfloat16": 1, "float16": 2, "float32": 3, "float8_e4m3fn": 4, "float8_e5m2": 5}
 MAX_TABLES = 32
 """Two of them for what each channel says of itself: its table, and its base."""
+_TABLES = 16
+"""As many as an encoder makes: twice as many would save a six-hundredth, and not stay near a decoder's core."""
 _VALUES_A_TABLE = 8192
 """A table takes some forty bytes: fewer values than these gain less from one more."""
 _SAMPLED_COLUMNS = 1024
@@ -143,7 +145,7 @@ def _first_tables(planes: np.ndarray, bases: np.ndarray, layout: FloatLayout) ->
 
     n, _, columns = planes.shape
     sampled = float_planes.count_sample(planes, bases, max(1, n * columns // _SAMPLED_COLUMNS), layout)
-    most = min(MAX_TABLES - 2, 1 + planes.size // _VALUES_A_TABLE)
+    most = min(_TABLES - 2, 1 + planes.size // _VALUES_A_TABLE)
     return column_tables.make_tables(sampled, _groups(sampled, layout.window), most)
 
 
@@ -222,17 +224,15 @@ class _Coded:
         if self.escapes.size and self.escapes.max() >> (layout.width - layout.raw):
             raise Unusable("lossless: an escape out of range", kind="payload")
         bases = bases.astype(np.uint8)
-        escapes, item = self.escapes, np.dtype(f"u{ITEM_BYTES[self.spec.kv_dtype]}")
+        item = np.dtype(f"u{ITEM_BYTES[self.spec.kv_dtype]}")
         whole = out.reshape(-1).view(item).reshape(self.shape) if out.flags.c_contiguous else np.empty(self.shape, item)
-        for plane in range(planes):
-            place, needed = column_numbers.decode(
-                self.states, self.words, self._whole(place), chosen[plane], tables, bases[plane], self.raw[plane],
-                escapes, layout, whole[plane],
-            )  # fmt: skip
-            if needed > len(escapes):
-                raise Unusable("lossless: escapes do not match the symbols", kind="payload")
-            escapes = escapes[needed:]
-        if len(escapes) or place != len(self.words) - rans.LANES or (self.states != rans.IDLE).any():
+        place, needed = column_numbers.decode(
+            self.states, self.words, place, chosen, tables, bases, self.raw, self.escapes, layout, whole
+        )
+        self._whole(place)
+        if needed != len(self.escapes):
+            raise Unusable("lossless: escapes do not match the symbols", kind="payload")
+        if place != len(self.words) - rans.LANES or (self.states != rans.IDLE).any():
             raise Unusable("lossless: the symbols' stream is not whole", kind="payload")
         if not out.flags.c_contiguous:
             np.copyto(out, whole.view(out.dtype).reshape(out.shape))

@@ -1,9 +1,9 @@
-"""Entropy coding of a matrix of symbols, each column with a table of its own choice: rANS with 32 interleaved lanes.
+"""Entropy coding of a matrix of symbols, each column with a table of its own choice: rANS with 64 interleaved lanes.
 
-Symbols lie as their source lies in memory, `[row, column]` (tokens × channels), so nothing is transposed: column c of
-every row belongs to lane c mod 32. A lane's state is a u32 of at least 2¹⁶ while idle; all lanes share one stream of
-u16 words, read forwards. Several matrices can follow one another in one stream. Encoding runs backwards from state 2¹⁶
-in every lane, so a decoder that ends with every lane at 2¹⁶ and no word left has read a whole stream.
+Symbols lie as their source lies in memory, `[row, column]` (tokens × channels), so nothing is transposed: symbol i of a
+matrix, row after row, belongs to lane i mod 64. A lane's state is a u32 of at least 2¹⁶ while idle; all lanes share one
+stream of u16 words, read forwards. Several matrices can follow one another in one stream. Encoding runs backwards from
+state 2¹⁶ in every lane, so a decoder that ends with every lane at 2¹⁶ and no word left has read a whole stream.
 
 The loops are in `column_rans_wide.py`, sixteen lanes an instruction, where the processor has them, else in
 `column_rans_scalar.py`; `column_rans_reference.py` is the same, written to be read; all give the same bits. Threads:
@@ -21,7 +21,7 @@ from lmcache_s3.kernels import column_rans_scalar, column_rans_wide
 from lmcache_s3.kernels.jit import kernel
 from lmcache_s3.kernels.vectors import WIDE
 
-LANES = 32
+LANES = column_rans_scalar.LANES
 IDLE = 1 << 16
 PRECISION_BITS = 12
 TOTAL = 1 << PRECISION_BITS
@@ -80,11 +80,13 @@ def encode(
 ) -> int:
     """Put a matrix before what `words[place:]` holds; the new place.
 
-    symbols: u8 [row, column], C order, of frequency > 0 in the column's table. chosen: u8 [column]. states: u32 [32],
-    updated. words: u16, with room for one word a symbol and 32 more before `place`.
+    symbols: u8 [row, column], C order, of frequency > 0 in the column's table. chosen: u8 [column]. states: u32 [64],
+    updated. words: u16, with room for one word a symbol and 64 more before `place`.
     """
-    offsets = chosen.astype(np.uint32) * np.uint32(tables.symbols)
-    return int(_loops.encode(symbols, offsets, tables.slots, tables.inverses, states, words, place))
+    columns = symbols.shape[1]
+    offsets = _repeated(chosen.astype(np.uint32) * np.uint32(tables.symbols))
+    flat = symbols.reshape(-1)
+    return int(_loops.encode(flat, 0, columns, offsets, tables.slots, tables.inverses, states, words, place))
 
 
 def decode(
@@ -92,11 +94,16 @@ def decode(
 ) -> int:
     """Read a matrix from `words[place:]` into `out`, u8 [row, column], C order; the new place, or -1.
 
-    words: u16, ending in 32 that are not part of the stream. chosen: u8 [column], each a table there is. Never reads
+    words: u16, ending in 64 that are not part of the stream. chosen: u8 [column], each a table there is. Never reads
     past the words; what is in `out` after -1 is undefined.
     """
-    offsets = chosen.astype(np.uint32) << np.uint32(PRECISION_BITS)
-    return int(_loops.decode(states, words, place, offsets, tables, out))
+    offsets = _repeated(chosen.astype(np.uint32) << np.uint32(PRECISION_BITS))
+    return int(_loops.decode(states, words, place, offsets, tables, out.reshape(-1), 0, out.shape[1]))
+
+
+def _repeated(offsets: np.ndarray) -> np.ndarray:
+    """Over and over, so that those of 64 symbols lie side by side wherever the first is."""
+    return np.resize(offsets, len(offsets) + LANES)
 
 
 @kernel

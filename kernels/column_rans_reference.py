@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-LANES = 32
+LANES = 64
 IDLE = 1 << 16
 PRECISION_BITS = 12
 TOTAL = 1 << PRECISION_BITS
@@ -31,16 +31,16 @@ class Writer:
 
     def put(self, matrix: Matrix, chosen: Sequence[int], frequencies: Matrix) -> None:
         """Symbols `[row][column]`; column c has the frequencies numbered chosen[c]."""
-        for row in reversed(matrix):
-            for column, symbol in reversed(list(enumerate(row))):
-                of_table = frequencies[chosen[column]]
-                state = self.states[column % LANES]
-                # Coding multiplies the state by TOTAL ÷ frequency: make room first, so that it stays below 2³².
-                if state >= of_table[symbol] << (32 - PRECISION_BITS):
-                    self.words.append(state % (1 << WORD_BITS))
-                    state >>= WORD_BITS
-                quotient, rest = divmod(state, of_table[symbol])
-                self.states[column % LANES] = quotient * TOTAL + starts(of_table)[symbol] + rest
+        symbols = [(frequencies[chosen[column]], symbol) for row in matrix for column, symbol in enumerate(row)]
+        for place in reversed(range(len(symbols))):
+            of_table, symbol = symbols[place]
+            state = self.states[place % LANES]
+            # Coding multiplies the state by TOTAL ÷ frequency: make room first, so that it stays below 2³².
+            if state >= of_table[symbol] << (32 - PRECISION_BITS):
+                self.words.append(state % (1 << WORD_BITS))
+                state >>= WORD_BITS
+            quotient, rest = divmod(state, of_table[symbol])
+            self.states[place % LANES] = quotient * TOTAL + starts(of_table)[symbol] + rest
 
 
 @dataclass
@@ -54,10 +54,11 @@ class Reader:
         """So many rows of symbols. Raises `ValueError`."""
         begins = [starts(of_table) for of_table in frequencies]
         matrix = []
-        for _ in range(rows):
+        for number in range(rows):
             row = []
             for column, table in enumerate(chosen):
-                state = self.states[column % LANES]
+                lane = (number * len(chosen) + column) % LANES
+                state = self.states[lane]
                 slot = state % TOTAL
                 symbol = max(s for s, n in enumerate(frequencies[table]) if n and begins[table][s] <= slot)
                 row.append(symbol)
@@ -66,7 +67,7 @@ class Reader:
                     if not self.unread:
                         raise ValueError("the words end before the symbols do")
                     state = (state << WORD_BITS) | self.unread.pop(0)
-                self.states[column % LANES] = state
+                self.states[lane] = state
             matrix.append(row)
         return matrix
 

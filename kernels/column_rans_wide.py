@@ -1,7 +1,8 @@
 """The loops of `column_rans.py` with sixteen lanes an instruction, for processors with AVX-512 (`vectors.WIDE`).
 
-Two vectors hold the 32 lanes' states; the columns that are left of a row go through the loops there. The same bits.
-Threads: safe, no GIL. Raises nothing; decoding answers -1 when the words end too soon.
+Four vectors hold the 64 lanes' states: a look-up takes long, but those of the four are under way together. What is left
+at a matrix's end goes through `column_rans_scalar.py`. The same bits. Threads: safe, no GIL. Raises nothing; decoding
+answers -1 when the words end too soon.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from lmcache_s3.kernels.vectors import (
     count_bits,
     expand,
     gather,
-    joined,
     load16,
     select,
     store,
 )
 
-_LANES = 32
+LANES = column_rans_scalar.LANES
 
 
 @kernel
 def encode(
     symbols: np.ndarray,
+    first: int,
+    columns: int,
     offsets: np.ndarray,
     slots: np.ndarray,
     inverses: np.ndarray,
@@ -37,73 +39,78 @@ def encode(
     words: np.ndarray,
     place: int,
 ) -> int:
-    """As `column_rans_scalar.encode`, with room for 32 words more before `place`."""
-    rows, columns = symbols.shape
-    flat = symbols.reshape(-1)
-    whole = columns // _LANES * _LANES
-    x0, x1 = load16(states, 0), load16(states, 16)
-    for row in range(rows - 1, -1, -1):
-        if whole < columns:
-            store(states, 0, x0)
-            store(states, 16, x1)
-            place = column_rans_scalar.encode(
-                symbols[row : row + 1, whole:], offsets[whole:], slots, inverses, states, words, place
-            )
-            x0, x1 = load16(states, 0), load16(states, 16)
-        for start in range(whole - _LANES, -1, -_LANES):
-            at = row * columns + start
-            entry1 = gather(slots, load16(offsets, start + 16) + as_u32(load16(flat, at + 16)))
-            entry0 = gather(slots, load16(offsets, start) + as_u32(load16(flat, at)))
-            x1, place = put(x1, entry1, words, place)
-            x0, place = put(x0, entry0, words, place)
+    """As `column_rans_scalar.encode`, with room for 64 words more before `place`."""
+    whole = first + (symbols.size - first) // LANES * LANES
+    place = column_rans_scalar.encode(symbols, whole, columns, offsets, slots, inverses, states, words, place)
+    x0, x1, x2, x3 = load16(states, 0), load16(states, 16), load16(states, 32), load16(states, 48)
+    column = whole % columns
+    for at in range(whole - LANES, first - 1, -LANES):
+        column = (column - LANES) % columns
+        entry3 = gather(slots, load16(offsets, column + 48) + as_u32(load16(symbols, at + 48)))
+        entry2 = gather(slots, load16(offsets, column + 32) + as_u32(load16(symbols, at + 32)))
+        entry1 = gather(slots, load16(offsets, column + 16) + as_u32(load16(symbols, at + 16)))
+        entry0 = gather(slots, load16(offsets, column) + as_u32(load16(symbols, at)))
+        x3, place = put(x3, entry3, words, place)
+        x2, place = put(x2, entry2, words, place)
+        x1, place = put(x1, entry1, words, place)
+        x0, place = put(x0, entry0, words, place)
     store(states, 0, x0)
     store(states, 16, x1)
+    store(states, 32, x2)
+    store(states, 48, x3)
     return place
 
 
 @inlined
-def decode_step(
-    x0: Vector, x1: Vector, words: np.ndarray, place: int, offsets: np.ndarray, column: int, tables: np.ndarray
-) -> tuple[Vector, Vector, int, Vector]:
-    """A symbol of each lane, for the columns from `column` on: (states, new place, symbols of 32 u32).
+def looked_up(x: Vector, offsets: np.ndarray, column: int, tables: np.ndarray) -> tuple[Vector, Vector]:
+    """(states before they take a word, slots) of sixteen lanes, for the columns from `column` on."""
+    slot = gather(tables, load16(offsets, column) + (x & 0xFFF))
+    return (slot >> 20) * (x >> 12) + ((slot >> 8) & 0xFFF), slot
 
-    At most 32 words from `place` on are looked at; the caller sees that they are there.
-    """
-    slot0 = gather(tables, load16(offsets, column) + (x0 & 0xFFF))
-    slot1 = gather(tables, load16(offsets, column + 16) + (x1 & 0xFFF))
-    x0 = (slot0 >> 20) * (x0 >> 12) + ((slot0 >> 8) & 0xFFF)
-    x1 = (slot1 >> 20) * (x1 >> 12) + ((slot1 >> 8) & 0xFFF)
-    low0, low1 = x0 < 0x10000, x1 < 0x10000
-    more0 = (x0 << 16) | expand(low0, as_u32(load16(words, place)))
-    place += count_bits(bits_of(low0))
-    more1 = (x1 << 16) | expand(low1, as_u32(load16(words, place)))
-    place += count_bits(bits_of(low1))
-    return select(low0, more0, x0), select(low1, more1, x1), place, joined(slot0, slot1) & 0xFF
+
+@inlined
+def refilled(x: Vector, words: np.ndarray, place: int) -> tuple[Vector, int]:
+    """(states that have taken their words, new place): at most sixteen are looked at from `place` on."""
+    low = x < 0x10000
+    more = (x << 16) | expand(low, as_u32(load16(words, place)))
+    return select(low, more, x), place + count_bits(bits_of(low))
 
 
 @kernel
 def decode(
-    states: np.ndarray, words: np.ndarray, place: int, offsets: np.ndarray, tables: np.ndarray, out: np.ndarray
+    states: np.ndarray,
+    words: np.ndarray,
+    place: int,
+    offsets: np.ndarray,
+    tables: np.ndarray,
+    out: np.ndarray,
+    first: int,
+    columns: int,
 ) -> int:
     """As `column_rans_scalar.decode`."""
-    rows, columns = out.shape
-    flat = out.reshape(-1)
-    end = words.size - _LANES
-    whole = columns // _LANES * _LANES
-    x0, x1 = load16(states, 0), load16(states, 16)
-    for row in range(rows):
-        for start in range(0, whole, _LANES):
-            if place > end:
-                return -1
-            x0, x1, place, decoded = decode_step(x0, x1, words, place, offsets, start, tables)
-            store(flat, row * columns + start, decoded)
-        if whole < columns:
-            store(states, 0, x0)
-            store(states, 16, x1)
-            place = column_rans_scalar.decode(states, words, place, offsets[whole:], tables, out[row : row + 1, whole:])
-            if place < 0:
-                return -1
-            x0, x1 = load16(states, 0), load16(states, 16)
+    end = words.size - LANES
+    whole = first + (out.size - first) // LANES * LANES
+    x0, x1, x2, x3 = load16(states, 0), load16(states, 16), load16(states, 32), load16(states, 48)
+    column = first % columns
+    for at in range(first, whole, LANES):
+        # Words are looked at as far as 64 behind where a step begins, and those are there.
+        if place > end:
+            return -1
+        x0, slot0 = looked_up(x0, offsets, column, tables)
+        x1, slot1 = looked_up(x1, offsets, column + 16, tables)
+        x2, slot2 = looked_up(x2, offsets, column + 32, tables)
+        x3, slot3 = looked_up(x3, offsets, column + 48, tables)
+        x0, place = refilled(x0, words, place)
+        x1, place = refilled(x1, words, place)
+        x2, place = refilled(x2, words, place)
+        x3, place = refilled(x3, words, place)
+        store(out, at, slot0 & 0xFF)
+        store(out, at + 16, slot1 & 0xFF)
+        store(out, at + 32, slot2 & 0xFF)
+        store(out, at + 48, slot3 & 0xFF)
+        column = (column + LANES) % columns
     store(states, 0, x0)
     store(states, 16, x1)
-    return place
+    store(states, 32, x2)
+    store(states, 48, x3)
+    return column_rans_scalar.decode(states, words, place, offsets, tables, out, whole, columns)

@@ -39,7 +39,8 @@ class Stream:
         self.slots = [[(s, f, i) for s, f in enumerate(table) for i in range(f)] for table in tables]
 
     def matrix(self, rows: int, tables: list[int]) -> list[list[int]]:
-        return [[self.symbol(c % 32, table) for c, table in enumerate(tables)] for _ in range(rows)]
+        n = len(tables)
+        return [[self.symbol((row * n + c) % 64, table) for c, table in enumerate(tables)] for row in range(rows)]
 
     def symbol(self, lane: int, table: int) -> int:
         symbol, frequency, rest = self.slots[table][self.states[lane] % 4096]
@@ -73,8 +74,8 @@ def second_reader(cell: bytes, shape: tuple[int, int, int, int, int]) -> list[in
         return [int.from_bytes(data[i : i + width], "little") for i in range(12, len(data), width)]
     tables, at = read_tables(data, 12, count)
     plane_bases = data[at : at + planes]
-    states = list(struct.unpack_from("<32I", data, at + planes))
-    words = list(struct.unpack_from(f"<{n_words}H", data, at := at + planes + 128))
+    states = list(struct.unpack_from("<64I", data, at + planes))
+    words = list(struct.unpack_from(f"<{n_words}H", data, at := at + planes + 256))
     escapes: Iterator[int] = iter(struct.unpack_from(f"<{n_escapes}H", data, at := at + 2 * n_words))
     at += 2 * n_escapes
     stream = Stream(states, words, tables)
@@ -88,7 +89,7 @@ def second_reader(cell: bytes, shape: tuple[int, int, int, int, int]) -> list[in
             base = plane_bases[plane] + distances[plane][i % columns]
             upper = (symbol // 32 << (exponent + 1)) + base * 2 + symbol % 32 if symbol < 64 else next(escapes)
             out.append((upper << (mantissa - 1)) + raw[i])
-    assert stream.states == [1 << 16] * 32
+    assert stream.states == [1 << 16] * 64
     assert [*stream.words, *escapes] == []
     return out
 

@@ -13,7 +13,10 @@ from lmcache_s3.kernels.column_tables import assign, assign_reference, costs, ma
 
 
 def encoded(matrices: list[np.ndarray], chosen: np.ndarray, frequencies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    states, words = np.full(fast.LANES, fast.IDLE, np.uint32), np.zeros(sum(m.size for m in matrices) + 32, np.uint16)
+    states, words = (
+        np.full(fast.LANES, fast.IDLE, np.uint32),
+        np.zeros(sum(m.size for m in matrices) + fast.LANES, np.uint16),
+    )
     place, tables = len(words), fast.encoding_tables(frequencies)
     for matrix in reversed(matrices):
         place = fast.encode(matrix, chosen, tables, states, words, place)

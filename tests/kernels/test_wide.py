@@ -136,19 +136,20 @@ def test_coders_of_columns_agree(columns: int) -> None:
     symbols = np.stack([rng.choice(np.flatnonzero(frequencies[table]), 40) for table in chosen], axis=1)
     symbols = symbols.astype(np.uint8)
     encoding, decoding = column_rans.encoding_tables(frequencies), column_rans.decoding_tables(frequencies)
-    offsets = (chosen * 65).astype(np.uint32)
+    offsets = np.resize((chosen * 65).astype(np.uint32), columns + 64)
+    starts = np.resize((chosen << 12).astype(np.uint32), columns + 64)
+    flat = symbols.reshape(-1)
     answers: list[list[object]] = []
     for form in (column_rans_scalar, column_rans_wide):
-        states, words = np.full(32, 1 << 16, np.uint32), np.zeros(symbols.size + 64, np.uint16)
-        end = words.size - 32  # what is behind is a decoder's spare
-        place = form.encode(symbols, offsets, encoding.slots, encoding.inverses, states, words[:end], end)
+        states, words = np.full(64, 1 << 16, np.uint32), np.zeros(symbols.size + 128, np.uint16)
+        end = words.size - 64  # what is behind is a decoder's spare
+        place = form.encode(flat, 0, columns, offsets, encoding.slots, encoding.inverses, states, words[:end], end)
         answers.append([states.tobytes(), words[place:end].tobytes()])
-        out = np.empty_like(symbols)
-        starts = (chosen << 12).astype(np.uint32)
-        assert form.decode(states.copy(), words, place, starts, decoding, out) == end
-        assert (out == symbols).all()
+        out = np.empty_like(flat)
+        assert form.decode(states.copy(), words, place, starts, decoding, out, 0, columns) == end
+        assert (out == flat).all()
         # Of what is no stream both say the same, too.
-        answers[-1].append(form.decode(states, words[: end + 27], place + 100, starts, decoding, out))
+        answers[-1].append(form.decode(states, words[: end + 59], place + 100, starts, decoding, out, 0, columns))
     assert answers[0] == answers[1]
 
 
