@@ -22,7 +22,7 @@ from lmcache_s3.codecs.transform_layout import Layout, Placed
 from lmcache_s3.errors import Bug, Unavailable, Unusable
 from lmcache_s3.kernels import device_transform
 from lmcache_s3.kernels.device_cachegen import Places
-from lmcache_s3.kernels.device_transform import Plan, StreamArrays, UnitArrays
+from lmcache_s3.kernels.device_transform import DeviceStreams, Plan, StreamArrays, UnitArrays
 from lmcache_s3.kernels.triton_rans import WHOLE
 from lmcache_s3.types import Buffer
 
@@ -59,7 +59,7 @@ def decode_transform(
             else:
                 place_exact(read, places, i)
         for key, of_plan in together.items():
-            _decode(_plan(key, next(iter(of_plan.values())), spec), of_plan, spec, places, outcomes)
+            _decode(plan_of(next(iter(of_plan.values())), spec, key[-1]), of_plan, spec, places, outcomes)
     return outcomes
 
 
@@ -71,13 +71,14 @@ def _key(cell: Cell, spec: CellSpec, device: torch.device) -> _Key:
     return (cell.calibration.digest, cell.level, first_layer, spec.shape[1], first_head, spec.shape[3], device)
 
 
-def _plan(key: _Key, cell: Cell, spec: CellSpec) -> Plan:
-    """Made once; the oldest are dropped. A plan is of the size of the calibration's coded part."""
+def plan_of(cell: Cell, spec: CellSpec, device: torch.device) -> Plan:
+    """What a cell is decoded by. Made once; the oldest are dropped. Of the size of the calibration's coded part."""
+    key = _key(cell, spec, device)
     with _plans_lock:
         plan = _plans.pop(key, None)
     if plan is None:
         units = [_arrays(cell.calibration, placed, cell.level, spec.shape[1]) for placed in cell.layout.units]
-        plan = device_transform.make_plan(units, cell.layout.streams, spec.shape[4], key[-1])
+        plan = device_transform.make_plan(units, cell.layout.streams, spec.shape[4], device)
     with _plans_lock:
         _plans[key] = plan
         while len(_plans) > _MOST_PLANS:
@@ -106,14 +107,7 @@ def _vectors(placed: Placed, cell_layers: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _decode(plan: Plan, cells: dict[int, Cell], spec: CellSpec, places: Places, outcomes: list[Outcome]) -> None:
     those = places.of(list(cells))
-    tokens = spec.shape[2]
-    turns = [rotation(cell.calibration, cell.first_token, tokens) for cell in cells.values()]
-    streams = device_transform.upload(
-        [_streams(cell) for cell in cells.values()],
-        np.stack([~cell.parts.exact for cell in cells.values()]),
-        (np.stack([cosine for cosine, _ in turns]), np.stack([sine for _, sine in turns])),
-        those.addresses.device,
-    )
+    streams = upload(list(cells.values()), spec, those.addresses.device)
     status = device_transform.decode(plan, streams, those, spec.kv_dtype)
     exact = [_exact(cell.layout, cell.parts.exact, n, spec.shape[1]) for n, cell in enumerate(cells.values())]
     bits = [cell.parts.bits.view(f"u{cell.parts.bits.itemsize}") for cell in cells.values()]
@@ -122,6 +116,17 @@ def _decode(plan: Plan, cells: dict[int, Cell], spec: CellSpec, places: Places, 
     for i, of_cell in zip(cells, status.cpu().numpy(), strict=True):
         if (of_cell != WHOLE.value).any():
             outcomes[i] = Unusable("transform: a stream is not whole", kind="payload")
+
+
+def upload(cells: Sequence[Cell], spec: CellSpec, device: torch.device) -> DeviceStreams:
+    """Coded cells of one plan to a device."""
+    turns = [rotation(cell.calibration, cell.first_token, spec.shape[2]) for cell in cells]
+    return device_transform.upload(
+        [_streams(cell) for cell in cells],
+        np.stack([~cell.parts.exact for cell in cells]),
+        (np.stack([cosine for cosine, _ in turns]), np.stack([sine for _, sine in turns])),
+        device,
+    )
 
 
 def _streams(cell: Cell) -> StreamArrays:

@@ -1,10 +1,11 @@
-"""`lmcache-s3 bench gpu` (`make bench-gpu`): codec `cachegen` on a GPU, first its bits against the CPU's, then speed.
+"""`lmcache-s3 bench gpu` (`make bench-gpu`): lossy codecs on a GPU, first their bits against the CPU's, then speed.
 
 Cells are of an 8B model with grouped queries (32 layers, 8 heads of 128 channels, 256 tokens, bfloat16: 33.5 MB, 64
 streams), heavy-tailed numbers, level medium. Speeds are gigabytes (10⁹) of decoded bfloat16 a second: of the kernels
 alone, by CUDA events, the median of several runs, beside a copy of as many bytes within the device; and of whole cells
 from host memory into device memory (checks and checksums on the host, transfer of the coded bytes, kernels), beside the
 transfer of the uncoded bytes from pinned memory. How many streams must be in flight shows in the batches' sizes.
+`transform` stands beside them, decoded in layer-wise units (`gpu_transform.py`).
 
 Without CUDA it says that nothing was measured, and exits with 2; with 1 where bits differ or a goal is missed. Needs
 torch and triton (extra `gpu`) and no model: `python -m lmcache_s3.benchmarks.gpu [JSON]` runs it in a checkout.
@@ -12,19 +13,19 @@ torch and triton (extra `gpu`) and no model: `python -m lmcache_s3.benchmarks.gp
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from lmcache_s3.benchmarks.figures import Figure, report
+from lmcache_s3.benchmarks.gpu_timing import device_s, wall_s
+from lmcache_s3.benchmarks.gpu_transform import measure_transform
 from lmcache_s3.benchmarks.steps import Steps
 from lmcache_s3.codecs.base import CellSpec
 
@@ -40,13 +41,13 @@ BATCHES = (1, 2, 4, 8, 16, 32)
 GOAL_GBPS = 100.0
 _GOAL_DEVICES = ("H100", "H200", "GH200", "B200", "GB200")
 _DISTINCT = 4
-_RUNS = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Gigabytes of bfloat16 a second in batches of `cells`. decode: both stages; whole: from host memory; copy: within
-    the device; transfer: uncoded bytes from pinned host memory; encode: to coded rows in host memory.
+    """Gigabytes of bfloat16 a second in batches of `cells`: cachegen's streams, dequantise, decode: the two stages and
+    both; whole: from host memory; copy: within the device; transfer: uncoded bytes from pinned host memory; encode: to
+    coded rows in host memory. transform: decode of that codec.
     """
 
     cells: int
@@ -57,6 +58,7 @@ class Measured:
     whole: float
     transfer: float
     encode: float
+    transform: float
 
 
 def main(json_path: Path | None = None) -> int:
@@ -91,10 +93,10 @@ def _no_gpu() -> str:
 
 def check(device: torch.device, steps: Steps) -> bool:
     """Whether the GPU's bits are the CPU's; says where they are not."""
-    from lmcache_s3.testing.device_checks import all_checks
+    from lmcache_s3.testing import device_checks, device_transform_checks
 
     same = True
-    for name, run in all_checks().items():
+    for name, run in (device_checks.all_checks() | device_transform_checks.all_checks()).items():
         try:
             with steps(f"bits as the CPU's: {name}"):
                 run(device)
@@ -111,16 +113,19 @@ def measure(device: torch.device, spec: CellSpec, batches: Sequence[int]) -> tup
 
     raw = [some_cell(spec, seed) for seed in range(min(_DISTINCT, max(batches)))]
     stored = [CachegenCodec().encode(cell, spec, position_of(1)) for cell in raw]
+    transform = measure_transform(device, spec, raw, batches)
     measured = []
     for n in batches:
         which = [i % len(raw) for i in range(n)]
-        measured.append(_measure_batch(device, spec, [raw[i] for i in which], [stored[i] for i in which]))
+        speeds = _measure_batch(device, spec, [raw[i] for i in which], [stored[i] for i in which])
+        measured.append(Measured(n, **speeds, transform=transform[n]))
     return sum(cell.nbytes for cell in raw) / sum(map(len, stored)), measured
 
 
 def _measure_batch(
     device: torch.device, spec: CellSpec, raw: Sequence[np.ndarray], stored: Sequence[bytes]
-) -> Measured:
+) -> dict[str, float]:
+    """The speeds of `cachegen`, by their names in `Measured`."""
     import numpy as np
     import torch
 
@@ -155,42 +160,8 @@ def _measure_batch(
         "encode": encode,
     }
     n_bytes = source.numel() * source.element_size()
-    speeds = {name: n_bytes / _device_s(device, run) / 1e9 for name, run in on_device.items()}
-    speeds |= {name: n_bytes / _wall_s(device, run) / 1e9 for name, run in waited_for.items()}
-    return Measured(n, **speeds)
-
-
-def _device_s(device: torch.device, run: Callable[[], object]) -> float:
-    """Seconds that what `run` queues takes on the device."""
-    import torch
-
-    if device.type != "cuda":
-        return _wall_s(device, run)
-    event: Any = torch.cuda.Event  # untyped
-    run()
-    taken: list[float] = []
-    for _ in range(_RUNS):
-        begin, end = event(enable_timing=True), event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        taken.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(taken)
-
-
-def _wall_s(device: torch.device, run: Callable[[], object]) -> float:
-    """Seconds until `run` and what it queued are done."""
-    import torch
-
-    taken = []
-    for _ in range(_RUNS + 1 if device.type == "cuda" else 1):
-        begin = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - begin)
-    return statistics.median(taken[1:] or taken)
+    speeds = {name: n_bytes / device_s(device, run) / 1e9 for name, run in on_device.items()}
+    return speeds | {name: n_bytes / wall_s(device, run) / 1e9 for name, run in waited_for.items()}
 
 
 def figures(device_name: str, ratio: float, measured: Sequence[Measured]) -> list[Figure]:
@@ -201,6 +172,7 @@ def figures(device_name: str, ratio: float, measured: Sequence[Measured]) -> lis
         Figure("codec.gpu_decode_gbps", best.decode, "GB/s of output", goal, "higher"),
         Figure("codec.gpu_decode_cells", best.cells, "cells in flight", None, "lower"),
         Figure("codec.gpu_decode_vs_copy", best.decode / best.copy, "× device copy", None, "higher"),
+        Figure("codec.gpu_transform_decode_gbps", max(m.transform for m in measured), "GB/s of output", goal, "higher"),
         Figure("codec.gpu_encode_gbps", max(m.encode for m in measured), "GB/s of input", None, "higher"),
         Figure("codec.gpu_whole_gbps", max(m.whole for m in measured), "GB/s of output", None, "higher"),
         Figure("codec.gpu_transfer_gbps", max(m.transfer for m in measured), "GB/s uncoded", None, "higher"),
@@ -229,7 +201,7 @@ def _print(console: Console, name: str, ratio: float, measured: Sequence[Measure
         table.add_column(column, justify="right")
     per_cell = CELL.shape[0] * CELL.shape[1]
     for m in measured:
-        speeds = (m.streams, m.dequantise, m.decode, m.copy, m.whole, m.transfer, m.encode)
+        speeds = (m.streams, m.dequantise, m.decode, m.copy, m.whole, m.transfer, m.encode, m.transform)
         table.add_row(str(m.cells), str(m.cells * per_cell), *(f"{speed:.3g}" for speed in speeds))
     console.print(table)
 
