@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from lmcache_s3.calibration_store import attached
 from lmcache_s3.codecs.base import CellPosition, CellSpec
 from lmcache_s3.errors import LMCacheS3Error, Unavailable, Unusable
 from lmcache_s3.extent import shard_index
@@ -49,6 +50,7 @@ class DamageControl:
         pause: Callable[[float], bool] | None = None,
     ) -> None:
         self._index = index
+        self._store = store
         self._bucket = ObjectTier(store, space_id, shard_index)
         self._geometry = geometry
         self._codecs = Codecs()
@@ -111,10 +113,11 @@ class DamageControl:
         pause_s = _FIRST_PAUSE_S
         for _ in range(_ATTEMPTS):
             try:
-                sound = self._check(record)
+                with attached(self._store):
+                    sound = self._check(record)
             except Unusable as error:
-                if error.kind == "codec":
-                    _log.warning("extent %s is of a codec unknown here, and not used: %s", name, error)
+                if error.kind in ("codec", "calibration"):
+                    _log.warning("extent %s cannot be decoded here, and is not used: %s", name, error)
                     return
                 self.metrics.add("damage_confirmed")
                 self._remove(name, f"{why}; read again: {error}")

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from lmcache_s3.calibration_store import attached
 from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.errors import Invalid, Unusable
@@ -24,7 +25,7 @@ from lmcache_s3.types import HASH_BYTES, CellRef, ExtentName, ExtentRecord, exte
 
 _READ_BYTES = 32 << 20
 UNSUPPORTED = "unsupported"
-"""The codec is not installed, or newer than this package."""
+"""The codec is not installed, or newer than this package; or the cells' calibration is not at hand."""
 _Result = TypeVar("_Result")
 
 
@@ -63,9 +64,11 @@ def check_extent(
     for shard in range(record.grid.shards):
         key = shard_key(space.id, record.name, record.grid, shard)
         try:
-            _check_shard(store, key, space, record, shard, codec, progress)
+            with attached(store):
+                _check_shard(store, key, space, record, shard, codec, progress)
         except Unusable as e:
-            damage.append(Damage(record.name, key, e.kind, str(e)))
+            kind = UNSUPPORTED if e.kind == "calibration" else e.kind
+            damage.append(Damage(record.name, key, kind, str(e)))
     return damage
 
 

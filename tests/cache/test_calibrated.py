@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lmcache_s3 import calibration_store
+from lmcache_s3.analysis.check import check_extent
 from lmcache_s3.cache import Cache
 from lmcache_s3.calibration_store import attached, load_calibration, name_key, publish, read_name
 from lmcache_s3.codecs import calibrations
@@ -248,3 +249,28 @@ def test_caches_side_by_side_each_find_theirs(store: ObjectStore, monkeypatch: p
             pass
         assert registry.find(made.digest).digest == made.digest
     assert calibration_store.name_key("ab", "float16") == "calibrations/ab.float16.json"
+
+
+def test_what_lacks_its_calibration_is_not_damaged(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden in this process, computed, and neither removed from the index nor certain to `verify`."""
+    made = made_calibration(SPEC)
+    publish(store, made, SPACE.weights)
+    tokens, kv = random_tokens(4 * N), values(4 * N)
+    with opened(store) as cache:
+        cache.store(tokens, kv).result(20)
+        (record,) = [one.record for one in cache.index.extents()]
+    assert check_extent(store, SPACE, record) == []
+    store.delete(calibrations.key_of(made.digest))
+    forget(monkeypatch)
+    with opened(store, codec="fast", read_only=True) as reader:
+        got = reader.retrieve(reader.lookup(tokens)).result(20)
+        assert got.tokens == 0
+        assert {error.kind for _, _, error in got.report.failed} == {"calibration"}
+        assert reader.damage.settle(10)
+        assert reader.lookup(tokens).tokens == 0
+        assert [one.record.name for one in reader.index.extents()] == [record.name]
+    (finding,) = check_extent(store, SPACE, record)
+    assert not finding.is_certain
+    store.put(calibrations.key_of(made.digest), made.to_bytes())
+    with opened(store, codec="fast", read_only=True) as reader:
+        assert reader.retrieve(reader.lookup(tokens)).result(20).tokens == 4 * N
