@@ -81,15 +81,12 @@ class CachegenCodec(KVCodec):
 
     def _rows(self, coded: np.ndarray, spec: CellSpec) -> Rows | None:
         """The coded tokens' rows; None where a value is not finite, or where they would not be smaller."""
-        from lmcache_s3.codecs.dtypes import to_float32  # numba and ml_dtypes only where they are needed
-        from lmcache_s3.kernels import cachegen_rows
+        from lmcache_s3.kernels import cachegen_rows  # numba only where it is needed
 
         kv, layers, _, _, _ = spec.shape
         most = raw_bytes(spec)
         rows = cachegen_rows.room_for_rows(kv * layers, most // 2, most)
-        if spec.kv_dtype != "bfloat16":
-            coded = to_float32(coded, spec.kv_dtype)
-        return rows if cachegen_rows.encode(rows, self.steps(kv, layers), coded) else None
+        return rows if cachegen_rows.encode(rows, self.steps(kv, layers), coded, spec.kv_dtype) else None
 
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
         check_array(out, spec, what="out")
@@ -197,22 +194,10 @@ def _sections(body: memoryview, spec: CellSpec, first_exact: bool, words: int, e
 
 def _decode_rows(rows: Rows, spec: CellSpec, out: np.ndarray) -> None:
     """Rows into the coded tokens' part of `out`. Raises `Unusable`."""
-    from lmcache_s3.codecs.dtypes import from_float32
-    from lmcache_s3.kernels import cachegen_rows
+    from lmcache_s3.kernels.cachegen_rows import STEP_OUT_OF_RANGE, WHOLE, decode
 
-    kv, layers, tokens, heads, channels = out.shape
-    if spec.kv_dtype in ("bfloat16", "float32"):
-        _check(cachegen_rows.decode(rows, range(kv * layers), layers, out))
-        return
-    values = np.empty((1, 1, tokens, heads, channels), np.float32)
-    for row in range(kv * layers):
-        _check(cachegen_rows.decode(rows, range(row, row + 1), layers, values))
-        out[row // layers, row % layers] = from_float32(values[0, 0], spec.kv_dtype)
-
-
-def _check(answer: int) -> None:
-    from lmcache_s3.kernels.cachegen_rows import STEP_OUT_OF_RANGE, WHOLE
-
+    kv, layers = out.shape[:2]
+    answer = decode(rows, range(kv * layers), layers, out, spec.kv_dtype)
     if answer == STEP_OUT_OF_RANGE:
         raise Unusable("cachegen: a step out of range", kind="payload")
     if answer != WHOLE:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmcache_s3.kernels import cachegen_tiles_scalar, cachegen_tiles_wide, quantise, quantise_wide
+from lmcache_s3.kernels.float_forms import FORMS, FloatForm
 from lmcache_s3.kernels.jit import kernel
 from lmcache_s3.kernels.quantise import (
     block_of,
@@ -75,10 +76,11 @@ def _decode_rows(
     layers: int,
     block: int,
     flat: np.ndarray,
+    form: FloatForm,
     strides: np.ndarray,
     shape: np.ndarray,
 ) -> int:
-    """Decode rows first_row … last_row − 1 into `flat`: u16 for bfloat16, u32 for float32 bits.
+    """Decode rows first_row … last_row − 1 into `flat`, bits of this form.
 
     Value [plane, layer, token, head, channel] goes to strides · (plane, layer, token, head) + channel; strides:
     int64 [4], in elements; shape: int64 [3], coded tokens, heads, channels. Returns `WHOLE` or what is wrong.
@@ -135,7 +137,7 @@ def _decode_rows(
                 vectors = min(together, n * heads - group)
                 restore(
                     buffer[group * channels :], token * heads + group, vectors, heads, channels, block, per_token,
-                    steps, halves, space, rounded, flat, start, strides,
+                    steps, halves, space, rounded, flat, form, start, strides,
                 )  # fmt: skip
         if place != end or escape_place != escape_end or not is_idle(states):
             return NOT_WHOLE
@@ -150,6 +152,7 @@ def _encode_rows(
     layers: int,
     block: int,
     flat: np.ndarray,
+    form: FloatForm,
     strides: np.ndarray,
     shape: np.ndarray,
 ) -> bool:
@@ -184,7 +187,7 @@ def _encode_rows(
         per_token = row >= layers
         start = (row // layers) * strides[0] + (row % layers) * strides[1]
         for group in range(0, tokens * heads, together):
-            coefficients(flat, start, strides, heads, block, group, vectors[group : group + together], space)
+            coefficients(flat, form, start, strides, heads, block, group, vectors[group : group + together], space)
         n_codes = tokens * heads if per_token else width
         if per_token:
             token_steps(vectors, wanted[row], steps)
@@ -250,37 +253,33 @@ def room_for_rows(count: int, words: int, escapes: int) -> Rows:
     )
 
 
-def encode(rows: Rows, wanted: np.ndarray, cell: np.ndarray) -> bool:
+def encode(rows: Rows, wanted: np.ndarray, cell: np.ndarray, kv_dtype: str) -> bool:
     """Encode a cell's coded tokens into `rows`, made by `room_for_rows`.
 
-    cell: [plane, layer, token, head, channel], bits of bfloat16 (u16) or float32 (float32 or u32), at least one token,
-    any strides. wanted: float64 [row], steps in standard deviations. False: a value is not finite or too large to be
-    transformed, or the words or escapes do not fit.
+    cell: [plane, layer, token, head, channel], bits of numbers of this type, at least one token, any strides. wanted:
+    float64 [row], steps in standard deviations. False: a value is not finite or too large to be transformed, or the
+    words or escapes do not fit.
     """
     layout = flat_view(cell)
     if layout is None:
         layout = flat_view(np.ascontiguousarray(cell))
         assert layout is not None
-    block = block_of(cell.shape[4])
-    shape = np.array(cell.shape[2:], np.int64)
-    return bool(_encode_rows(rows, all_tables(), wanted, cell.shape[1], block, layout[0], layout[1], shape))
+    flat, strides = layout
+    block, shape = block_of(cell.shape[4]), np.array(cell.shape[2:], np.int64)
+    return bool(_encode_rows(rows, all_tables(), wanted, cell.shape[1], block, flat, FORMS[kv_dtype], strides, shape))
 
 
-def decode(rows: Rows, which: range, layers: int, out: np.ndarray) -> int:
+def decode(rows: Rows, which: range, layers: int, out: np.ndarray, kv_dtype: str) -> int:
     """Decode rows `which` into `out`: `WHOLE`, or what is wrong with them (`out` is then undefined).
 
-    out: bits of bfloat16 (u16) or float32 as in `encode`, any strides, of a whole cell of `layers` layers; or, where
-    `which` is one row, [1, 1, token, head, channel] of that row alone. Never reads past the rows' words and escapes;
-    the caller has checked that all tables are below `TABLES` and that ends do not decrease and lie within.
+    out: a whole cell of `layers` layers as in `encode`, any strides. Never reads past the rows' words and escapes; the
+    caller has checked that all tables are below `TABLES` and that ends do not decrease and lie within.
     """
     layout = flat_view(out)
     target = out if layout is not None else np.empty(out.shape, out.dtype)
     flat, strides = layout if layout is not None else flat_view(target) or (target, target)
-    if out.shape[:2] == (1, 1):
-        strides = strides * np.array([0, 0, 1, 1])
-    block = block_of(out.shape[4])
-    shape = np.array(out.shape[2:], np.int64)
-    answer = _decode_rows(rows, all_tables(), which.start, which.stop, layers, block, flat, strides, shape)
+    block, shape, form = block_of(out.shape[4]), np.array(out.shape[2:], np.int64), FORMS[kv_dtype]
+    answer = _decode_rows(rows, all_tables(), which.start, which.stop, layers, block, flat, form, strides, shape)
     if target is not out:
         out[...] = target
     return int(answer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lmcache_s3.kernels.float_forms import FloatForm, narrow, widen
 from lmcache_s3.kernels.jit import kernel
 from lmcache_s3.kernels.quantise import hadamard
 
@@ -41,11 +42,16 @@ def _values_per_channel(
 
 
 @kernel
-def _round(bits: np.ndarray, rounded: np.ndarray) -> None:
-    """float32 → bfloat16, to nearest, ties to even."""
-    for i in range(bits.size):
-        x = bits[i]
-        rounded[i] = np.uint16((x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+def _round(y: np.ndarray, form: FloatForm, rounded: np.ndarray) -> None:
+    """float32 → bits of fewer, to nearest, ties to even; y is overwritten."""
+    bits = y.view(np.uint32)
+    if form.bias == 127:
+        for i in range(bits.size):
+            x = bits[i]
+            rounded[i] = np.uint16((x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+    else:
+        for i in range(bits.size):
+            rounded[i] = np.uint16(narrow(y, bits, i, form))
 
 
 @kernel
@@ -56,10 +62,15 @@ def _place(y: np.ndarray, vectors: int, v: int, out: np.ndarray) -> None:
 
 
 @kernel
-def _take(bits: np.ndarray, left_shift: np.uint32, vectors: int, v: int, y: np.ndarray) -> None:
-    by_channel = y.reshape(bits.size, vectors)
-    for j in range(bits.size):
-        by_channel[j, v] = np.uint32(bits[j]) << left_shift
+def _take(numbers: np.ndarray, form: FloatForm, vectors: int, v: int, y: np.ndarray) -> None:
+    bits = y.view(np.uint32)
+    if form.bias == 127:
+        left_shift = np.uint32(32 - form.bits)
+        for j in range(numbers.size):
+            bits[j * vectors + v] = np.uint32(numbers[j]) << left_shift
+    else:
+        for j in range(numbers.size):
+            widen(np.uint32(numbers[j]), form, y, bits, j * vectors + v)
 
 
 @kernel
@@ -84,14 +95,15 @@ def restore(
     space: np.ndarray,
     rounded: np.ndarray,
     flat: np.ndarray,
+    form: FloatForm,
     start: int,
     strides: np.ndarray,
 ) -> None:
     """Vectors first … first + vectors − 1 of a row from their q, i8 [vectors · channels], to their place in `flat`.
 
     steps: float32, of each vector of the row if per_token, else of each head's channels, as are `halves`, half means in
-    steps. space: float32, rounded: u16, both [vectors · channels] or more. flat: u16 for bfloat16 or u32 for float32
-    bits; the row begins at `start` there; strides: int64 [4], in elements, of plane, layer, token, head; channels lie
+    steps. space: float32, rounded: u16, both [vectors · channels] or more. flat: bits of numbers of this form, u8, u16
+    or u32; the row begins at `start` there; strides: int64 [4], in elements, of plane, layer, token, head; channels lie
     side by side.
     """
     y = space[: vectors * channels]
@@ -101,9 +113,9 @@ def restore(
         _values_per_channel(q, halves, steps[: heads * channels], first % heads * channels, vectors, y)
     hadamard(y, block, vectors)
     bits = y.view(np.uint32)
-    short = flat.itemsize == 2
+    short = form.bits < 32
     if short:
-        _round(bits, rounded[: bits.size])
+        _round(y, form, rounded[: bits.size])
     for v in range(vectors):
         vector = first + v
         to = start + vector // heads * strides[2] + vector % heads * strides[3]
@@ -116,6 +128,7 @@ def restore(
 @kernel
 def coefficients(
     flat: np.ndarray,
+    form: FloatForm,
     start: int,
     strides: np.ndarray,
     heads: int,
@@ -126,12 +139,10 @@ def coefficients(
 ) -> None:
     """The coefficients of as many vectors as `y`, float32 [vector, channel], has, from the row's vector `first` on."""
     vectors, channels = y.shape
-    left_shift = np.uint32(16 if flat.itemsize == 2 else 0)
     part = space[: vectors * channels]
-    bits = part.view(np.uint32)
     for v in range(vectors):
         vector = first + v
         begin = start + vector // heads * strides[2] + vector % heads * strides[3]
-        _take(flat[begin : begin + channels], left_shift, vectors, v, bits)
+        _take(flat[begin : begin + channels], form, vectors, v, part)
     hadamard(part, block, vectors)
     _turn(part, np.float32(1.0 / block), y)

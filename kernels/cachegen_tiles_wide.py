@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from lmcache_s3.kernels import cachegen_tiles_scalar
+from lmcache_s3.kernels.float_forms import FORMS, FloatForm, narrowed, widened
 from lmcache_s3.kernels.jit import inlined, kernel
 from lmcache_s3.kernels.vectors import (
     Vector,
@@ -25,6 +26,8 @@ from lmcache_s3.kernels.vectors import (
     store,
 )
 
+_WIDE_FORM = FORMS["float32"]
+
 
 @inlined
 def _crossed(x: Vector) -> Vector:
@@ -33,28 +36,34 @@ def _crossed(x: Vector) -> Vector:
 
 
 @inlined
-def _store(x: Vector, flat: np.ndarray, to: int) -> None:
-    """Float32 to `flat`, rounded to nearest even where that is bfloat16."""
+def _store(x: Vector, form: FloatForm, flat: np.ndarray, to: int) -> None:
+    """Float32 to `flat`, in the form of its numbers."""
     bits = bits_of_f32(x)
-    if flat.itemsize == 2:
+    if form.bias != 127:
+        store(flat, to, narrowed(x, form))
+    elif form.bits == 16:
         store(flat, to, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
     else:
         store(flat, to, bits)
 
 
 @inlined
-def _finish64(a: Vector, b: Vector, c: Vector, d: Vector, factor: np.float32, out: np.ndarray, to: int) -> None:
+def _finish64(
+    a: Vector, b: Vector, c: Vector, d: Vector, factor: np.float32, form: FloatForm, out: np.ndarray, to: int
+) -> None:
     """The transform of a block of 64, times factor, to out[to : to + 64]."""
     a, b, c, d = a + c, b + d, a - c, b - d
     a, b, c, d = a + b, a - b, c + d, c - d
-    _store(_crossed(a) * factor, out, to)
-    _store(_crossed(b) * factor, out, to + 16)
-    _store(_crossed(c) * factor, out, to + 32)
-    _store(_crossed(d) * factor, out, to + 48)
+    _store(_crossed(a) * factor, form, out, to)
+    _store(_crossed(b) * factor, form, out, to + 16)
+    _store(_crossed(c) * factor, form, out, to + 32)
+    _store(_crossed(d) * factor, form, out, to + 48)
 
 
 @kernel
-def _finish(y: np.ndarray, block: int, channels: int, factor: np.float32, out: np.ndarray, to: int) -> None:
+def _finish(
+    y: np.ndarray, block: int, channels: int, factor: np.float32, form: FloatForm, out: np.ndarray, to: int
+) -> None:
     """The transform of a vector's blocks in `y`, which is overwritten, times factor, to out[to : to + channels]."""
     h = block // 2
     while h >= 64:
@@ -66,15 +75,15 @@ def _finish(y: np.ndarray, block: int, channels: int, factor: np.float32, out: n
         h //= 2
     if block >= 64:
         for i in range(0, channels, 64):
-            _finish64(load16(y, i), load16(y, i + 16), load16(y, i + 32), load16(y, i + 48), factor, out, to + i)
+            _finish64(load16(y, i), load16(y, i + 16), load16(y, i + 32), load16(y, i + 48), factor, form, out, to + i)
     elif block == 32:
         for i in range(0, channels, 32):
             a, b = load16(y, i), load16(y, i + 16)
-            _store(_crossed(a + b) * factor, out, to + i)
-            _store(_crossed(a - b) * factor, out, to + i + 16)
+            _store(_crossed(a + b) * factor, form, out, to + i)
+            _store(_crossed(a - b) * factor, form, out, to + i + 16)
     else:
         for i in range(0, channels, 16):
-            _store(_crossed(load16(y, i)) * factor, out, to + i)
+            _store(_crossed(load16(y, i)) * factor, form, out, to + i)
 
 
 @inlined
@@ -83,11 +92,12 @@ def _scaled(q: np.ndarray, i: int, halves: np.ndarray, steps: np.ndarray, j: int
 
 
 @inlined
-def _taken(flat: np.ndarray, i: int) -> Vector:
+def _taken(flat: np.ndarray, form: FloatForm, i: int) -> Vector:
     """Float32 of what lies there."""
-    if flat.itemsize == 2:
-        return f32_of_bits(as_u32(load16(flat, i)) << 16)
-    return f32_of_bits(as_u32(load16(flat, i)))
+    number = as_u32(load16(flat, i))
+    if form.bias != 127:
+        return widened(number, form)
+    return f32_of_bits(number << (32 - form.bits))
 
 
 @kernel
@@ -104,14 +114,16 @@ def restore(
     space: np.ndarray,
     rounded: np.ndarray,
     flat: np.ndarray,
+    form: FloatForm,
     start: int,
     strides: np.ndarray,
 ) -> None:
     """As `cachegen_tiles_scalar.restore`."""
     if block < 16:
         cachegen_tiles_scalar.restore(
-            q, first, vectors, heads, channels, block, per_token, steps, halves, space, rounded, flat, start, strides
-        )
+            q, first, vectors, heads, channels, block, per_token, steps, halves, space, rounded, flat, form, start,
+            strides,
+        )  # fmt: skip
         return
     one = np.float32(1.0)
     for v in range(vectors):
@@ -124,7 +136,7 @@ def restore(
                 for i in range(0, channels, 64):
                     a, b = as_f32(load16(q, at + i)) * step, as_f32(load16(q, at + i + 16)) * step
                     c, d = as_f32(load16(q, at + i + 32)) * step, as_f32(load16(q, at + i + 48)) * step
-                    _finish64(a, b, c, d, one, flat, to + i)
+                    _finish64(a, b, c, d, one, form, flat, to + i)
                 continue
             for i in range(0, channels, 16):
                 store(space, i, as_f32(load16(q, at + i)) * step)
@@ -137,16 +149,17 @@ def restore(
                         _scaled(q, at + i + 32, halves, steps, j + 32),
                         _scaled(q, at + i + 48, halves, steps, j + 48),
                     )
-                    _finish64(a, b, c, d, one, flat, to + i)
+                    _finish64(a, b, c, d, one, form, flat, to + i)
                 continue
             for i in range(0, channels, 16):
                 store(space, i, _scaled(q, at + i, halves, steps, of_head + i))
-        _finish(space, block, channels, one, flat, to)
+        _finish(space, block, channels, one, form, flat, to)
 
 
 @kernel
 def coefficients(
     flat: np.ndarray,
+    form: FloatForm,
     start: int,
     strides: np.ndarray,
     heads: int,
@@ -157,7 +170,7 @@ def coefficients(
 ) -> None:
     """As `cachegen_tiles_scalar.coefficients`."""
     if block < 16:
-        cachegen_tiles_scalar.coefficients(flat, start, strides, heads, block, first, y, space)
+        cachegen_tiles_scalar.coefficients(flat, form, start, strides, heads, block, first, y, space)
         return
     vectors, channels = y.shape
     scale = np.float32(1.0 / block)
@@ -167,10 +180,10 @@ def coefficients(
         begin = start + token * strides[2] + head * strides[3]
         if block == 64:
             for i in range(0, channels, 64):
-                a, b = _taken(flat, begin + i), _taken(flat, begin + i + 16)
-                c, d = _taken(flat, begin + i + 32), _taken(flat, begin + i + 48)
-                _finish64(a, b, c, d, scale, out, v * channels + i)
+                a, b = _taken(flat, form, begin + i), _taken(flat, form, begin + i + 16)
+                c, d = _taken(flat, form, begin + i + 32), _taken(flat, form, begin + i + 48)
+                _finish64(a, b, c, d, scale, _WIDE_FORM, out, v * channels + i)
             continue
         for i in range(0, channels, 16):
-            store(space, i, _taken(flat, begin + i))
-        _finish(space, block, channels, scale, out, v * channels)
+            store(space, i, _taken(flat, form, begin + i))
+        _finish(space, block, channels, scale, _WIDE_FORM, out, v * channels)

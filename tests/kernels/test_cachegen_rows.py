@@ -26,7 +26,7 @@ def cell_of(shape: tuple[int, ...], seed: int, exponent: int = 0) -> np.ndarray:
 def encoded(cell: np.ndarray, step: float) -> Rows | None:
     rows = cachegen_rows.room_for_rows(cell.shape[0] * cell.shape[1], cell.size * 2 + 64, cell.size * 4 + 64)
     wanted = np.full(len(rows.bases), step)
-    return rows if cachegen_rows.encode(rows, wanted, cell) else None
+    return rows if cachegen_rows.encode(rows, wanted, cell, "float32") else None
 
 
 def one(rows: Rows, row: int) -> reference.Row:
@@ -59,7 +59,7 @@ def test_both_forms_give_the_same_bits(
         return
     assert [one(rows, row) for row in range(len(slow))] == slow
     out = np.empty_like(cell)
-    assert cachegen_rows.decode(rows, range(len(slow)), shape[1], out) == WHOLE
+    assert cachegen_rows.decode(rows, range(len(slow)), shape[1], out, "float32") == WHOLE
     for row, expected in enumerate(slow):
         assert expected is not None
         plane, layer = divmod(row, shape[1])
@@ -79,7 +79,7 @@ def test_a_stream_that_was_cut_or_lengthened_is_refused(at: str) -> None:
         changed = rows._replace(word_ends=ends) if at == "words" else rows._replace(escape_ends=ends)
         if at == "escapes" and change < 0 and ends[1] < 0:
             continue
-        assert cachegen_rows.decode(changed, range(1), 1, out) == NOT_WHOLE
+        assert cachegen_rows.decode(changed, range(1), 1, out, "float32") == NOT_WHOLE
 
 
 def test_changed_words_are_refused_or_bounded() -> None:
@@ -92,5 +92,5 @@ def test_changed_words_are_refused_or_bounded() -> None:
     for _ in range(1000):
         words = rows.words.copy()
         words[rng.integers(rows.word_ends[1])] ^= np.uint16(1 << rng.integers(16))
-        accepted += cachegen_rows.decode(rows._replace(words=words), range(1), 1, out) == WHOLE
+        accepted += cachegen_rows.decode(rows._replace(words=words), range(1), 1, out, "float32") == WHOLE
     assert accepted < 10, "the end state shows nearly every changed word"

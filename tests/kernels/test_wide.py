@@ -7,6 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from lmcache_s3.codecs.dtypes import from_float32
 from lmcache_s3.kernels import (
     cachegen_tiles_scalar,
     cachegen_tiles_wide,
@@ -21,13 +22,14 @@ from lmcache_s3.kernels import (
     rans_wide,
 )
 from lmcache_s3.kernels import rans_reference as reference
+from lmcache_s3.kernels.float_forms import FORMS
 from lmcache_s3.kernels.quantise import block_of
 from lmcache_s3.kernels.rans import SPARE_WORDS
 from lmcache_s3.kernels.rans_tables import all_tables, codes_pairs
 from lmcache_s3.kernels.vectors import WIDE
 
 pytestmark = pytest.mark.skipif(not WIDE, reason="the processor has no AVX-512")
-FORMS = [rans_scalar, rans_wide]
+CODERS = [rans_scalar, rans_wide]
 
 
 def values_of(count: int, seed: int, scale: float) -> np.ndarray:
@@ -49,7 +51,7 @@ def test_encoders_agree_with_the_readable_one(count: int, table: int) -> None:
     q = values_of(count, count, 1.5)
     stream = reference.encode([(q.tolist(), table)])
     expected = (stream.states, stream.words, stream.escapes)
-    for form in FORMS:
+    for form in CODERS:
         assert encode(form, q, table, count + 2) == expected
         # As little room as there must be: a word a symbol.
         assert encode(form, q, table, (count + 1) // 2 if codes_pairs(table) else count) == expected
@@ -65,7 +67,7 @@ def test_decoders_read_a_run_in_pieces(pieces: list[int], table: int) -> None:
     stream = reference.encode([(q.tolist(), table)])
     words = np.array(stream.words + [0xFFFF] * SPARE_WORDS, np.uint16)
     escapes = np.array(stream.escapes, np.int8)
-    for form in FORMS:
+    for form in CODERS:
         states, place, escape_place, at = np.array(stream.states, np.uint32), 0, 0, 0
         symbols, read = 0, []
         for piece in pieces:
@@ -92,7 +94,7 @@ def test_decoders_stop_at_the_end_of_words_and_escapes(table: int) -> None:
     words, escapes = np.array(stream.words + [0] * SPARE_WORDS, np.uint16), np.array(stream.escapes, np.int8)
     assert len(escapes)
     out = np.empty(2002, np.int8)
-    for form in FORMS:
+    for form in CODERS:
         for end, escape_end in ((len(stream.words) // 2, escapes.size), (len(stream.words), escapes.size - 1), (0, 0)):
             kept = np.concatenate((words[:end], words[-SPARE_WORDS:]))
             answer = form.decode_run(
@@ -103,27 +105,28 @@ def test_decoders_stop_at_the_end_of_words_and_escapes(table: int) -> None:
 
 
 @pytest.mark.parametrize("channels", [16, 32, 64, 80, 96, 128, 192, 576, 256, 24])
-@pytest.mark.parametrize("item", ["uint16", "uint32"])
-def test_tiles_agree(channels: int, item: str) -> None:
-    rng = np.random.default_rng(channels)
+@pytest.mark.parametrize("kv_dtype", sorted(FORMS))
+def test_tiles_agree(channels: int, kv_dtype: str) -> None:
+    rng, form = np.random.default_rng(channels), FORMS[kv_dtype]
     heads, vectors, first, block = 3, 10, 2, block_of(channels)
     strides = np.array([0, 0, (heads + 1) * (channels + 5), channels + 5], np.int64)
-    bits = rng.standard_normal(6 * strides[2]).astype(np.float32).view(np.uint32)
-    flat = bits if item == "uint32" else (bits >> 16).astype(np.uint16)
+    flat = from_float32(rng.standard_normal(6 * strides[2]).astype(np.float32), kv_dtype)
+    flat = flat.view(f"u{flat.itemsize}")
     q = rng.integers(-127, 128, vectors * channels).astype(np.int8)
     steps = rng.random(max(heads * channels, first + vectors)).astype(np.float32) + np.float32(0.1)
     halves = rng.integers(-9, 9, heads * channels).astype(np.float32)
     answers = []
-    for form in (cachegen_tiles_scalar, cachegen_tiles_wide):
+    for tiles in (cachegen_tiles_scalar, cachegen_tiles_wide):
         space, rounded = np.empty(vectors * channels, np.float32), np.empty(vectors * channels, np.uint16)
         y = np.empty((vectors, channels), np.float32)
-        form.coefficients(flat, 7, strides, heads, block, first, y, space)
+        tiles.coefficients(flat, form, 7, strides, heads, block, first, y, space)
         answers.append([y.tobytes()])
         for per_token in (False, True):
             out = np.zeros_like(flat)
-            form.restore(
-                q, first, vectors, heads, channels, block, per_token, steps, halves, space, rounded, out, 7, strides
-            )
+            tiles.restore(
+                q, first, vectors, heads, channels, block, per_token, steps, halves, space, rounded, out, form, 7,
+                strides,
+            )  # fmt: skip
             answers[-1].append(out.tobytes())
     assert answers[0] == answers[1]
 
