@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
 from lmcache_s3.codecs import calibrations
 from lmcache_s3.codecs.arrays import check_array, contiguous, raw_bytes, storage_dtype
 from lmcache_s3.codecs.base import JSON, CellPosition, CellSpec, KVCodec
-from lmcache_s3.codecs.calibration import REACH, Calibration
+from lmcache_s3.codecs.calibration import REACH, Calibration, Unit
 from lmcache_s3.codecs.header import HEADER_BYTES, said_position, unwrap, wrap
 from lmcache_s3.codecs.transform_layout import Layout, Placed, layout_of
 from lmcache_s3.codecs.transform_payload import (
@@ -38,6 +38,9 @@ from lmcache_s3.codecs.transform_payload import (
 )
 from lmcache_s3.errors import Invalid, Unusable
 from lmcache_s3.types import Buffer
+
+if TYPE_CHECKING:
+    from lmcache_s3.kernels.transform_values import Rotation
 
 _LEVEL = re.compile(r"[a-z0-9_]{1,32}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -157,30 +160,32 @@ def rotation(calibration: Calibration, first_token: int, tokens: int) -> tuple[n
 
 
 def _coefficients(
-    placed: Placed, cell: np.ndarray, spec: CellSpec, cosine: np.ndarray, sine: np.ndarray, level: int, step: float
+    placed: Placed, cell: np.ndarray, spec: CellSpec, turns: tuple[np.ndarray, np.ndarray], level: int, step: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(bool [token]: values are finite, coefficients within reach; those, float32 [token, coefficient])."""
+    """(bool [token]: values are finite, coefficients within reach; those, float32 [coefficient, token])."""
     from lmcache_s3.codecs.dtypes import to_float32  # numba and ml_dtypes only where they are needed
+    from lmcache_s3.kernels.transform_values import centre
 
-    unit = placed.unit
-    values = to_float32(placed.box(cell).transpose(2, 0, 1, 3, 4), spec.kv_dtype)
-    coded = np.isfinite(values).all(axis=(1, 2, 3, 4))
-    pairs = cosine.shape[1]
-    if pairs and unit.planes[0] == 0:
-        low, high = values[:, 0, ..., :pairs], values[:, 0, ..., pairs : 2 * pairs]
-        cosine, sine = cosine[:, None, None], sine[:, None, None]
-        turned = low * cosine + high * sine
-        values[:, 0, ..., pairs : 2 * pairs] = high * cosine - low * sine
-        values[:, 0, ..., :pairs] = turned
-    flat = values.reshape(values.shape[0], -1)
-    flat -= unit.mean
+    unit, tokens = placed.unit, spec.shape[2]
+    values = to_float32(placed.box(cell).transpose(2, 0, 1, 3, 4), spec.kv_dtype).reshape(-1)
+    coded = np.empty(tokens, np.bool_)
+    centre(values, unit.mean, unit.mean.size // unit.vectors, _rotation_of(unit, turns), coded)
     n = unit.tables[level].size
-    scale = unit.forward_scale[:n] / np.float32(step)
-    found: np.ndarray = np.matmul(flat, unit.forward[:n].astype(np.float32).T)
-    found *= scale
+    found: np.ndarray = np.matmul(unit.forward[:n].astype(np.float32), values.reshape(tokens, -1).T)
+    found *= (unit.forward_scale[:n] / np.float32(step))[:, None]
     np.rint(found, out=found)
-    coded &= (found.max(axis=1, initial=0.0) <= REACH) & (found.min(axis=1, initial=0.0) >= -REACH)
+    # A comparison with NaN is false.
+    coded &= (found.max(axis=0, initial=0.0) <= REACH) & (found.min(axis=0, initial=0.0) >= -REACH)
     return coded, found
+
+
+def _rotation_of(unit: Unit, turns: tuple[np.ndarray, np.ndarray]) -> Rotation:
+    """For the kernels; turns: of the cell's tokens."""
+    from lmcache_s3.kernels.transform_values import Rotation
+
+    pairs = turns[0].shape[1]
+    turned = unit.layers * unit.heads if pairs and unit.planes[0] == 0 else 0
+    return Rotation(turns[0].reshape(-1), turns[1].reshape(-1), pairs, turned)
 
 
 def _coded(
@@ -192,17 +197,17 @@ def _coded(
 
     tokens = spec.shape[2]
     step = calibration.levels[level].step
-    cosine, sine = rotation(calibration, first_token, tokens)
+    turns = rotation(calibration, first_token, tokens)
     exact = np.zeros((len(layout.units), tokens), bool)
     exact[:, : int(first_token == 0)] = True
     quantised: list[np.ndarray] = []
     for u, placed in enumerate(layout.units):
         with np.errstate(all="ignore"):  # what is not finite is kept as it is
-            finite, q = _coefficients(placed, cell, spec, cosine, sine, level, step)
-        exact[u] |= ~finite
-        kept = q[~exact[u]]
-        padded = np.zeros((kept.shape[1], kept.shape[0] + 2 - kept.shape[0] % 2), np.int8)
-        padded[:, : kept.shape[0]] = kept.T
+            within, q = _coefficients(placed, cell, spec, turns, level, step)
+        exact[u] |= ~within
+        kept = q[:, ~exact[u]] if exact[u].any() else q
+        padded = np.zeros((kept.shape[0], kept.shape[1] + 2 - kept.shape[1] % 2), np.int8)
+        padded[:, : kept.shape[1]] = kept
         quantised.append(padded)
     bits = _exact_bits(layout, cell, spec, exact)
     if len(bits) >= raw_bytes(spec):
@@ -290,16 +295,14 @@ class _Target:
         coded: np.ndarray,
     ) -> None:
         """Values of a unit's coded tokens."""
-        from lmcache_s3.kernels.transform_values import Place, Rotation, decode_values
+        from lmcache_s3.kernels.transform_values import Place, decode_values
 
         unit = placed.unit
         plane, layer, token, head = self._strides
         start = unit.planes[0] * plane + placed.layers.start * layer + placed.heads.start * head
-        pairs = turns[0].shape[1]
-        turned = unit.layers * unit.heads if pairs and unit.planes[0] == 0 else 0
         decode_values(
             unit.packed, scaled[0], scaled[1], unit.vectors, unit.mean.size // unit.vectors,
-            Rotation(turns[0].reshape(-1), turns[1].reshape(-1), pairs, turned), entries, filled, coded,
+            _rotation_of(unit, turns), entries, filled, coded,
             self._flat, Place(start, plane, layer, token, head, unit.layers, unit.heads),
         )  # fmt: skip
 
