@@ -108,10 +108,16 @@ def _common(
     """Only its signature is used."""
 
 
-def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Make `function(cli, …)` a command of its own arguments, after URL, and the common options."""
+def command(function: Callable[..., None], *, url_is_option: bool = False) -> Callable[..., None]:
+    """Make `function(cli, …)` a command of its own arguments, after URL, and the common options.
+
+    url_is_option: it is given as `--url`, where another argument comes first.
+    """
     own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
     url, *options = inspect.signature(_common, eval_str=True).parameters.values()
+    if url_is_option:
+        help_text = "Root of the cache; default: LMCACHE_S3_URL."
+        url = url.replace(annotation=Annotated[str | None, typer.Option("--url", help=help_text)])
 
     def run(**arguments: Any) -> None:
         with errors_to_exit():
@@ -121,7 +127,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             finally:
                 cli.close()
 
-    parameters = [url, *own, *options]
+    parameters = [*own, url, *options] if url_is_option else [url, *own, *options]
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # read by inspect, so by typer

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lmcache_s3.cli import bench
+from lmcache_s3.cli.calibrate import calibrate
 from lmcache_s3.cli.checkpoint import checkpoint
 from lmcache_s3.cli.common import command
 from lmcache_s3.cli.doctor import doctor
@@ -39,6 +40,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 for _function in (init, ls, info, du, log, verify, explain, doctor, gc, checkpoint, rebuild):
     app.command()(command(_function))
+app.command()(command(calibrate, url_is_option=True))
 app.add_typer(bench.app, name="bench")
 
 

@@ -91,6 +91,11 @@ class Model:
     def name(self) -> str:
         return Path(self.path).name
 
+    @property
+    def module(self) -> Any:
+        """The transformers model itself."""
+        return self._model
+
     def _find_groups(self) -> tuple[LayerGroup, ...]:
         """From the cache of a two-token prompt: what is there cannot be wrong."""
         layers = self._forward([0, 1], None)[1].layers
@@ -151,19 +156,47 @@ class Model:
 
     def primed(self, kv: KV) -> Primed:
         """A cache with this KV in it, from which continuations can be asked."""
+        return Primed(self, self._cache_of(self._values(kv)))
+
+    def sampled_gradients(self, kv: KV, tokens: Sequence[int], *, seed: int) -> list[np.ndarray]:
+        """Gradients of Σ log p(label) behind this KV with respect to it, float32 arrays shaped like it.
+
+        tokens: what follows the prompt. A label, drawn from what the model predicts after each of them: so that the
+        mean of g gᵀ is the Fisher matrix, summed over these predictions.
+        """
         import torch
+
+        values = [one.requires_grad_(True) for one in self._values(kv)]
+        ids = torch.tensor([list(tokens)], device=self.device)
+        out = self._model(input_ids=ids, past_key_values=self._cache_of(values), use_cache=True)
+        log_p = torch.log_softmax(out.logits[0].float(), dim=-1)
+        drawn = torch.Generator().manual_seed(seed)
+        labels = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=drawn).to(self.device)
+        gradients = torch.autograd.grad(log_p.gather(1, labels).sum(), values)
+        return [one.permute(0, 1, 3, 2, 4).contiguous().cpu().numpy() for one in gradients]
+
+    def _values(self, kv: KV) -> list[torch.Tensor]:
+        """float32 [plane, layer, head, token, channel] for each group, on the device."""
+        import torch
+
+        made = []
+        for bits in kv:
+            flat = torch.from_numpy(np.ascontiguousarray(bits).view(np.uint8)).view(getattr(torch, self.kv_dtype))
+            made.append(flat.to(self.device, torch.float32).permute(0, 1, 3, 2, 4))
+        return made
+
+    def _cache_of(self, values: Sequence[torch.Tensor]) -> Any:
+        """A transformers cache, of `_values`."""
         import transformers
 
         tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        for group, bits in zip(self.groups, kv, strict=True):
-            flat = torch.from_numpy(np.ascontiguousarray(bits).view(np.uint8))
-            values = flat.view(getattr(torch, self.kv_dtype)).to(self.device, torch.float32).permute(0, 1, 3, 2, 4)
+        for group, of_group in zip(self.groups, values, strict=True):
             for i, number in enumerate(group.layers):
-                tensors[number] = (values[0, i : i + 1], values[1, i : i + 1])
+                tensors[number] = (of_group[0, i : i + 1], of_group[1, i : i + 1])
         cache = transformers.DynamicCache()
         for number in sorted(tensors):
             cache.update(*tensors[number], number)
-        return Primed(self, cache)
+        return cache
 
     def _forward(self, tokens: Sequence[int], cache: Any, *, logits: int = 0) -> tuple[Any, Any]:
         """Logits of the last `logits` tokens (0: of all) `[token, vocabulary]`, and the cache that grew."""
