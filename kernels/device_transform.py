@@ -88,7 +88,7 @@ def make_plan(units: Sequence[UnitArrays], streams: int, channels: int, device: 
         live = unit.tables.size
         for r in range(live):
             runs[unit.first_stream + r % unit.streams].append((int(unit.tables[r]), coefficients + r, number))
-        stride = max(16, -(-live // 16) * 16)
+        stride = max(1, -(-live // _DEPTH)) * _DEPTH
         matrix = np.zeros((unit.mean.size, stride), np.float16)
         matrix[:, :live] = unit.inverse[:, :live]
         parts.append(matrix.reshape(-1))
@@ -169,8 +169,9 @@ def decode(plan: Plan, streams: DeviceStreams, places: Places, kv_dtype: str) ->
     if tuple(streams.coded.shape) != (n, plan.units, tokens):
         raise Bug(f"{n} places of {tokens} tokens, streams of {tuple(streams.coded.shape)}", kind="shape")
     device = places.addresses.device
-    q_stride = padded(tokens)
-    q = torch.empty((n, plan.coefficients, q_stride), dtype=torch.int8, device=device)
+    q_stride = -(-padded(tokens) // _TOKENS) * _TOKENS
+    rows = n * plan.coefficients
+    q = torch.empty((rows + _DEPTH, q_stride), dtype=torch.int8, device=device)
     status = torch.empty((n, plan.streams), dtype=torch.int32, device=device)
     tables = device_tables(device)
     triton_transform.decode_streams[(n * plan.streams,)](
@@ -187,7 +188,7 @@ def decode(plan: Plan, streams: DeviceStreams, places: Places, kv_dtype: str) ->
         plan.units, plan.coefficients, n, tokens, cell_rows, cell_rows // kv, pairs, q_stride,
         places.head_stride, _channel_strides(places),
         channels=plan.channels, HALF=half, TOKENS=_TOKENS, DEPTH=_DEPTH, **format_of(kv_dtype),
-        enable_fp_fusion=False,
+        num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return status
 

@@ -58,9 +58,10 @@ def write_values(
     """Values of coded tokens where they belong. Program = (tile of a unit's coded tokens, vector, cell).
 
     A vector is a layer's head of K or V; its channels are taken as pairs that are turned together, what is not turned
-    as neighbours. matrices: float16, a unit's integers from of_matrix (int64 [vector]) on, in rows of of_stride, of
-    which of_live are coefficients, whose rows of q begin at of_q; of_turned: pairs that are turned; all int32 [vector],
-    as unit, row (plane · layers + layer) and head are. scale, mean float32 [vector, channel]; cosine, sine float32
+    as neighbours. matrices: float16, a unit's integers from of_matrix (int64 [vector]) on, in rows of of_stride, a
+    multiple of DEPTH, of which of_live are coefficients and the rest 0; their rows of q begin at of_q, and q has DEPTH
+    rows more than there are, of a multiple of TOKENS; of_turned: pairs that are turned; all int32 [vector], as unit,
+    row (plane · layers + layer) and head are. scale, mean float32 [vector, channel]; cosine, sine float32
     [cell, token, pair]. coded int32 [cell, unit, token]: which token each coded one is. channel_strides int64 [kv].
     """
     vector = tl.program_id(1)
@@ -74,21 +75,22 @@ def write_values(
         low = tl.where(k < pairs, k, 2 * k)
         high = tl.where(k < pairs, k + pairs, 2 * k + 1)
         live = tl.load(of_live + vector)
-        stride = tl.load(of_stride + vector)
-        matrix = matrices + tl.load(of_matrix + vector)
+        # Multiples of 16, so that rows are read in long words.
+        stride = tl.multiple_of(tl.load(of_stride + vector), 16)
+        matrix = matrices + tl.multiple_of(tl.load(of_matrix + vector), 16)
         q += (cell * coefficients + tl.load(of_q + vector)) * q_stride
         low_sum = tl.zeros((HALF, TOKENS), tl.float32)
         high_sum = tl.zeros((HALF, TOKENS), tl.float32)
         for first in range(0, live, DEPTH):
             r = first + tl.arange(0, DEPTH)
-            numbers = tl.load(
-                q + r[:, None].to(tl.int64) * q_stride + index[None, :],
-                mask=(r < live)[:, None] & (index < count)[None, :], other=0,
-            ).to(tl.float16)  # fmt: skip
-            within = (r < live)[None, :]
-            a = tl.load(matrix + low[:, None] * stride + r[None, :], mask=within & (low < channels)[:, None], other=0.0)
-            within = within & (high < channels)[:, None]
-            b = tl.load(matrix + high[:, None] * stride + r[None, :], mask=within, other=0.0)
+            # Rows of q behind the unit's may hold anything: the matrix has zeros there. So may tokens behind the coded.
+            numbers = tl.load(q + r[:, None].to(tl.int64) * q_stride + index[None, :]).to(tl.float16)
+            if channels == 2 * HALF:
+                a = tl.load(matrix + low[:, None] * stride + r[None, :])
+                b = tl.load(matrix + high[:, None] * stride + r[None, :])
+            else:
+                a = tl.load(matrix + low[:, None] * stride + r[None, :], mask=(low < channels)[:, None], other=0.0)
+                b = tl.load(matrix + high[:, None] * stride + r[None, :], mask=(high < channels)[:, None], other=0.0)
             low_sum = tl.dot(a, numbers, low_sum)
             high_sum = tl.dot(b, numbers, high_sum)
         at = vector * channels

@@ -57,7 +57,8 @@ def check_compiles(capability: int, kv_dtype: str = "bfloat16") -> None:
     _ptx(triton_encode.encode_rows, {}, capability, warps=1)
     _ptx(triton_transform.decode_streams, {}, capability, warps=1)
     product = {"HALF": 64, "TOKENS": 64, "DEPTH": 64, "channels": 128, **narrow, "LARGEST": form.largest}
-    text = _ptx(triton_transform.write_values, product, capability, types={"mean": "*fp32", "scale": "*fp32"})
+    factors = {"mean": "*fp32", "scale": "*fp32"}
+    text = _ptx(triton_transform.write_values, product, capability, warps=8, types=factors)
     assert "mma" in text, "the product does not use tensor cores"
     _ptx(triton_transform.place_vectors, {"TILE": TILE_VALUES}, capability)
     _ptx(triton_encode.pack, {"TILE": 1024}, capability)
@@ -73,9 +74,14 @@ def _ptx(
 ) -> str:
     known = {**_POINTERS, **(types or {})}
     signature = {name: "constexpr" if name in constants else known.get(name, "i32") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in ("q_stride", "side_stride")
+    }
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     compiled = triton.compile(
-        ASTSource(kernel, signature, values),
+        ASTSource(kernel, signature, values, aligned),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": warps, "enable_fp_fusion": False},
     )

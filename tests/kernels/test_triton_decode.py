@@ -68,7 +68,7 @@ def test_a_layout_without_even_steps_has_no_places() -> None:
 
 
 def test_damaged_cells_get_the_cpus_verdict(interpreter: Interpreter) -> None:
-    interpreter.run(device_checks.check_damage, CPU, 24)
+    interpreter.run(device_checks.check_damage, CPU, 8)
 
 
 @pytest.mark.slow
