@@ -3,6 +3,7 @@
 Speeds are of one core, in bfloat16 bytes a second of its time (what others take of a busy machine does not count), the
 best of several runs over all cells. `lossless` stands beside zstd with byte shuffle, blosc2 and pcodec, each at the
 settings that serve it best, in the same run on the same cells.
+`transform` is measured with a calibration made for that (`transform_speed.py`).
 The read path of `fast` (XXH3-64 of the stored cell, then the copy to its place) is held against the copy alone.
 Then every decoder is given mutated cells, in processes of their own.
 """
@@ -26,15 +27,20 @@ from rich.table import Table
 from lmcache_s3.benchmarks.figures import Figure, report
 from lmcache_s3.benchmarks.shannon import shannon_gap
 from lmcache_s3.benchmarks.steps import Steps
+from lmcache_s3.benchmarks.transform_speed import layerwise_codec, rotary_turns
 from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.checksum import xxh3
 from lmcache_s3.codecs.registry import CODEC_IDS, make_codec
 from lmcache_s3.testing.fuzz import count_untyped
-from lmcache_s3.testing.real_kv import smollm2_kv
+from lmcache_s3.testing.real_kv import PROMPT_TOKENS, smollm2_kv
 
 CHUNK_TOKENS = 256
 MUTATIONS = 1_000_000
 _ROUNDS = 3
+_TRANSFORM_BITS = 1.2
+"""A value: near what a layer at a time takes at a KL of .0125."""
+_ROPE_THETA = 100_000.0
+"""SmolLM2's."""
 _SHARE = 2000
 """Mutations a task of the fuzzing processes takes."""
 
@@ -60,8 +66,9 @@ def main(json_path: Path | None = None, *, mutations: int = MUTATIONS, prompts: 
         peers = _peers(cells)
         cachegen = _ours(make_codec("cachegen"), cells)
         gap = _shannon_gap(cells)
-    _print(steps, [ours, *peers, cachegen])
-    figures = _lossless(ours, peers) + _cachegen(cachegen, gap)
+        transform = _layerwise(kv, cells)
+    _print(steps, [ours, *peers, cachegen, transform])
+    figures = _lossless(ours, peers) + _cachegen(cachegen, gap) + _transform(transform)
     figures.append(Figure("codec.fast_vs_memcpy", _fast_vs_memcpy(cells), "× speed of the copy", 0.6, "higher"))
     with steps(f"decoding {mutations:,} mutated cells"):
         figures.append(Figure("codec.fuzz_untyped", _fuzz(mutations), f"of {mutations:,}", 0, "lower"))
@@ -110,6 +117,14 @@ def _cachegen(measured: Measured, gap: float) -> list[Figure]:
     ]
 
 
+def _transform(measured: Measured) -> list[Figure]:
+    at = f"MB/s a core, a layer a unit, {16 / measured.ratio:.2f} bits a value"
+    return [
+        Figure("codec.transform_encode_mbps", measured.encode_mbps, at, None, "higher"),
+        Figure("codec.transform_decode_mbps", measured.decode_mbps, at, 250, "higher"),
+    ]
+
+
 # ---- coding ----------------------------------------------------------------------------------------------------------
 
 
@@ -122,6 +137,23 @@ def _ours(codec: KVCodec, cells: Sequence[np.ndarray]) -> Measured:
         return out
 
     return _measure(codec.id, cells, lambda cell: codec.encode(cell, spec, place), decode, exact=codec.exact)
+
+
+def _layerwise(kv: np.ndarray, cells: Sequence[np.ndarray]) -> Measured:
+    prompts = [kv[:, :, t : t + PROMPT_TOKENS] for t in range(0, kv.shape[2], PROMPT_TOKENS)]
+    codec = layerwise_codec(prompts, rotary_turns(_ROPE_THETA, kv.shape[4]), _TRANSFORM_BITS)
+    spec, out = CellSpec(cells[0].shape, "bfloat16"), np.empty_like(cells[0])
+    # Keys are turned back by their position, so each cell is coded at its own.
+    first_token = {id(cell): i * CHUNK_TOKENS % PROMPT_TOKENS for i, cell in enumerate(cells)}
+
+    def encode(cell: np.ndarray) -> bytes:
+        return codec.encode(cell, spec, CellPosition(bytes(16), first_token[id(cell)], 0, 0))
+
+    def decode(data: bytes) -> np.ndarray:
+        codec.decode(data, spec, None, out)
+        return out
+
+    return _measure(codec.id, cells, encode, decode, exact=False)
 
 
 def _shannon_gap(cells: Sequence[np.ndarray]) -> float:
