@@ -123,7 +123,7 @@ class Cache:
         """Open on a store of one's own; it is closed with the cache."""
         geometry = space.geometry
         codec = settings.make_codec()
-        if not settings.read_only:
+        if not settings.read_only or settings.max_kl is not None:
             codec = calibrated_codec(
                 store,
                 codec,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -274,3 +275,16 @@ def test_what_lacks_its_calibration_is_not_damaged(store: ObjectStore, monkeypat
     store.put(calibrations.key_of(made.digest), made.to_bytes())
     with opened(store, codec="fast", read_only=True) as reader:
         assert reader.retrieve(reader.lookup(tokens)).result(20).tokens == 4 * N
+
+
+def test_a_bound_is_held_to_what_the_calibration_measured(store: ObjectStore) -> None:
+    publish(store, made_calibration(SPEC), SPACE.weights)
+    bounded = replace(SPACE, fidelity="kl0.07")
+    for settings in ({}, {"read_only": True}):
+        values = small_settings(store.url, codec="transform", max_kl=0.07, **settings)
+        with Cache.open(store.url, bounded, values) as cache:
+            assert cache.transfer.codec.measured_kl == 0.0625
+    with pytest.raises(Invalid, match=r"max_kl=0\.06: .* it measures 0\.0625"):
+        opened(store, max_kl=0.06)
+    with pytest.raises(Invalid, match=r"max_kl=0\.06: nobody has measured"):
+        opened(store, max_kl=0.06, codec_level="fine")
