@@ -102,7 +102,11 @@ def measured_codec(
     if max_kl is None or codec.exact or codec.measured_kl is not None:
         return codec, fidelity_class(codec, max_kl)
     subject = Subject(weights, kv_dtype, chunk_tokens, codec.id, codec.level)
-    measure = f"lmcache-s3 bench quality --model MODEL --codec {codec.id} --level {codec.level} --save {store.url}"
+    measure = (
+        f"lmcache-s3 calibrate MODEL --url {store.url}"  # measures each of its levels
+        if codec.id == "transform"
+        else f"lmcache-s3 bench quality --model MODEL --codec {codec.id} --level {codec.level} --save {store.url}"
+    )
     try:
         data = store.get(subject.key, limit_bytes=MAX_DOCUMENT_BYTES)
         measurement = Measurement.from_json(data, subject)

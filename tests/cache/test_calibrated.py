@@ -286,5 +286,5 @@ def test_a_bound_is_held_to_what_the_calibration_measured(store: ObjectStore) ->
             assert cache.transfer.codec.measured_kl == 0.0625
     with pytest.raises(Invalid, match=r"max_kl=0\.06: .* it measures 0\.0625"):
         opened(store, max_kl=0.06)
-    with pytest.raises(Invalid, match=r"max_kl=0\.06: nobody has measured"):
+    with pytest.raises(Invalid, match=r"max_kl=0\.06: nobody has measured .*: run lmcache-s3 calibrate MODEL"):
         opened(store, max_kl=0.06, codec_level="fine")
