@@ -20,6 +20,7 @@ from lmcache_s3.codecs.base import KVCodec
 from lmcache_s3.codecs.calibration import MAX_FILE_BYTES, Calibration
 from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.codecs.transform_layout import misfit
+from lmcache_s3.config import load_settings
 from lmcache_s3.errors import Invalid, Missing, Unusable
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.stores.open import StoreOptions, open_store
@@ -114,36 +115,29 @@ def _unfit(text: str) -> Invalid:
     return Invalid(f"codec=transform: {text}", kind="setting", key="codec_calibration")
 
 
-def load_calibration(url: str, *, options: StoreOptions = StoreOptions()) -> None:  # noqa: B008
+def load_calibration(url: str, *, options: StoreOptions | None = None) -> None:
     """Let this process decode cells of codec `transform` whose calibrations lie in a cache.
 
-    url: the cache's root, asked from now on for what is missing, or one file's, read at once. For plain readers of Zarr
-    arrays; `Cache` and `open_extent` do so by themselves. Raises `Invalid`, `Missing`, `Unusable`, `Unavailable`.
+    url: the cache's root, asked from now on for what is missing, or one file's, read at once. options: None: from the
+    settings in environment and file, as `Cache.open` has them. For plain readers of Zarr arrays; `Cache` and
+    `open_extent` do so by themselves. Raises `Invalid`, `Missing`, `Unusable`, `Unavailable`.
     """
     match = _FILE.fullmatch(url)
-    if match is None:
-        attach_root(url, options)
-        return
-    store = open_store(match["root"] or "/", options=options)
-    try:
-        data = store.get(calibrations.key_of(match["digest"]), limit_bytes=MAX_FILE_BYTES)
-    finally:
-        store.close()
-    calibration = Calibration.from_bytes(data)
-    if calibration.digest != match["digest"]:
-        raise Unusable(f"{url} is not the file of its name", kind="checksum", key=url)
-    calibrations.register(calibration)
-
-
-def attach_root(url: str, options: StoreOptions = StoreOptions()) -> None:  # noqa: B008
-    """Ask the cache under this URL for calibrations that are missing, opening it each time. No I/O yet."""
-    open_store(url, options=options).close()  # says now if it cannot be one
+    root = url if match is None else match["root"] or "/"
+    chosen = load_settings(url=root).store_options() if options is None else options
 
     def fetch(digest: str) -> bytes:
-        store = open_store(url, options=options)
+        store = open_store(root, options=chosen)
         try:
             return store.get(calibrations.key_of(digest), limit_bytes=MAX_FILE_BYTES)
         finally:
             store.close()
 
-    calibrations.attach(url, fetch)
+    if match is None:
+        open_store(root, options=chosen).close()  # says now if it cannot be one
+        calibrations.attach(("root", root), fetch)
+        return
+    calibration = Calibration.from_bytes(fetch(match["digest"]))
+    if calibration.digest != match["digest"]:
+        raise Unusable(f"{url} is not the file of its name", kind="checksum", key=url)
+    calibrations.register(calibration)
