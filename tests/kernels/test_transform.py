@@ -126,6 +126,11 @@ def test_what_is_encoded_is_turned_back_and_centred(rotary: int) -> None:
     assert (centred[finite][:, turned:] == (values - mean.reshape(vectors, channels))[finite][:, turned:]).all()
 
 
+def test_weights_lie_within_cache_lines() -> None:
+    for live in (1, 2, 3, 50):
+        assert pack(np.ones((48, live), np.int16), 3, 1).weights.ctypes.data % 64 == 0
+
+
 def test_turns_are_those_of_trigonometry() -> None:
     turns = np.concatenate(([0, 0.5, 0.25, -0.125, 1.0], np.geomspace(0.159, 1e-6, 30)))
     for first in (0, 777, 131_072):
