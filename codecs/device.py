@@ -26,6 +26,8 @@ from lmcache_s3.types import Buffer
 
 _BATCH_VALUES = 1 << 30
 """Values decoded at a time: a byte of scratch each."""
+_BATCH_ROWS = 65_535
+"""Layers of cells at a time: CUDA launches no more programs along an axis."""
 
 
 def decode_cachegen(
@@ -39,7 +41,7 @@ def decode_cachegen(
     if not len(cells) == len(positions) == places.cells:
         raise Bug(f"{len(cells)} cells, {len(positions)} positions, {places.cells} places", kind="shape")
     outcomes: list[Unusable | None] = [None] * len(cells)
-    batch = max(1, _BATCH_VALUES // math.prod(spec.shape))
+    batch = batch_cells(spec)
     with on(places.addresses.device):
         for first in range(0, len(cells), batch):
             which = range(first, min(first + batch, len(cells)))
@@ -84,7 +86,7 @@ def encode_cachegen(
         raise Bug(f"{len(positions)} positions, {places.cells} places", kind="shape")
     kv, layers, _, heads, channels = spec.shape
     steps = CachegenCodec(level).steps(kv, layers)
-    batch = max(1, _BATCH_VALUES // (math.prod(spec.shape) * device_cachegen_encode.SCRATCH_BYTES))
+    batch = batch_cells(spec, device_cachegen_encode.SCRATCH_BYTES)
     stored: list[bytes] = []
     with on(places.addresses.device):
         for first in range(0, len(positions), batch):
@@ -112,6 +114,12 @@ def place_exact(exact: np.ndarray, places: Places, cell: int) -> None:
     kv, layers, tokens, heads, channels = exact.shape
     bits = np.array(exact, order="C").view(f"u{exact.itemsize}").reshape(kv * layers, tokens, heads, channels)
     device_cachegen.place(torch.from_numpy(bits).to(places.addresses.device), places, cell, 0)
+
+
+def batch_cells(spec: CellSpec, scratch_bytes: int = 1) -> int:
+    """How many cells go in one launch, of so many bytes of scratch a value."""
+    by_values = _BATCH_VALUES // (math.prod(spec.shape) * scratch_bytes)
+    return max(1, min(by_values, _BATCH_ROWS // spec.shape[1]))
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

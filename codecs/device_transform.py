@@ -16,7 +16,7 @@ import torch
 
 from lmcache_s3.codecs.base import CellPosition, CellSpec
 from lmcache_s3.codecs.calibration import Calibration
-from lmcache_s3.codecs.device import on, place_exact
+from lmcache_s3.codecs.device import batch_cells, on, place_exact
 from lmcache_s3.codecs.transform import Cell, read_cell, rotation
 from lmcache_s3.codecs.transform_layout import Layout, Placed
 from lmcache_s3.errors import Bug, Unavailable, Unusable
@@ -39,8 +39,7 @@ def decode_transform(
     """Decode stored cells of one shape into device memory, those that share a calibration at once; what became of each.
 
     positions: as in `KVCodec.decode`. places: of as many cells; elements are as wide as the kv dtype's. A cell that
-    came out unusable has undefined values in its own places; memory elsewhere is not touched. Scratch is a byte a coded
-    coefficient.
+    came out unusable has undefined values in its own places; memory elsewhere is not touched.
     """
     if not len(cells) == len(positions) == places.cells:
         raise Bug(f"{len(cells)} cells, {len(positions)} positions, {places.cells} places", kind="shape")
@@ -58,8 +57,11 @@ def decode_transform(
                 together.setdefault(_key(read, spec, device), {})[i] = read
             else:
                 place_exact(read, places, i)
-        for key, of_plan in together.items():
-            _decode(plan_of(next(iter(of_plan.values())), spec, key[-1]), of_plan, spec, places, outcomes)
+        for of_plan in together.values():
+            which = list(of_plan)
+            for first in range(0, len(which), batch_cells(spec)):
+                some = {i: of_plan[i] for i in which[first : first + batch_cells(spec)]}
+                _decode(plan_of(of_plan[which[0]], spec, device), some, spec, places, outcomes)
     return outcomes
 
 

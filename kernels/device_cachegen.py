@@ -25,6 +25,8 @@ from lmcache_s3.kernels.paged import PlaneMap
 from lmcache_s3.kernels.quantise import block_of
 from lmcache_s3.kernels.rans_tables import all_tables
 
+MOST_VALUES = 1 << 26
+"""Of a row: launches are at most 65,535 programs long along an axis."""
 TILE_VALUES = 2048
 """Values a program of the elementwise kernels takes."""
 
@@ -153,8 +155,8 @@ def upload(
     kv, layers, tokens, heads, channels = shape
     if not cells or len(exact) != len(cells) or any(len(rows.bases) != kv * layers for rows in cells):
         raise Bug(f"{len(cells)} cells of rows, {len(exact)} flags, {kv} · {layers} rows each", kind="shape")
-    if tokens * heads * channels >= 2**31:
-        raise Bug("a row of 2³¹ values or more", kind="shape")
+    if tokens * heads * channels > MOST_VALUES:
+        raise Bug(f"rows of {tokens * heads * channels} values", kind="shape")
     word_counts = np.concatenate([np.diff(rows.word_ends) for rows in cells])
     escape_counts = np.concatenate([np.diff(rows.escape_ends) for rows in cells])
     words = np.concatenate([rows.words[: rows.word_ends[-1]] for rows in cells] + [np.zeros(1, np.uint16)])

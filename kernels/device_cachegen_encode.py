@@ -16,6 +16,7 @@ from lmcache_s3.kernels import triton_encode
 from lmcache_s3.kernels.cachegen_rows import Rows
 from lmcache_s3.kernels.device_cachegen import (
     FORMATS,
+    MOST_VALUES,
     TILE_VALUES,
     Places,
     device_tables,
@@ -82,8 +83,8 @@ def encode(
     layers, heads, channels = shape
     if tuple(places.addresses.shape) != (cells, kv * layers) or len(exact) != cells or len(wanted) != kv * layers:
         raise Bug(f"places of {tuple(places.addresses.shape)} rows; {cells} cells, {kv} · {layers} rows", kind="shape")
-    if tokens * heads * channels >= 2**30:
-        raise Bug("a row of 2³⁰ values or more", kind="shape")
+    if tokens * heads * channels > MOST_VALUES:
+        raise Bug(f"rows of {tokens * heads * channels} values", kind="shape")
     device = places.addresses.device
     c = _Cells(cells, kv, layers, tokens, heads, channels, on_device(device, exact.astype(np.uint8)))
     quantised = _quantise(places, c, wanted, kv_dtype)

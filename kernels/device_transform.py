@@ -27,7 +27,8 @@ from lmcache_s3.kernels.device_cachegen import (
 
 _TOKENS = 64
 _DEPTH = 64
-"""Coded tokens and coefficients of a step of the product."""
+_HALF = 64
+"""Coded tokens, coefficients and, at most, pairs of channels of a step of the product."""
 
 
 class UnitArrays(NamedTuple):
@@ -180,14 +181,15 @@ def decode(plan: Plan, streams: DeviceStreams, places: Places, kv_dtype: str) ->
         q, status, plan.streams, plan.units, plan.coefficients, q_stride, num_warps=1,
     )  # fmt: skip
     pairs = streams.cosine.shape[2]
-    half = max(16, 1 << ((plan.channels + 1) // 2 - 1).bit_length())
+    half = min(_HALF, max(16, 1 << ((plan.channels + 1) // 2 - 1).bit_length()))
+    parts = -(-plan.channels // (2 * half))
     cell_rows = places.addresses.shape[1]
-    triton_transform.write_values[(-(-tokens // _TOKENS), plan.vectors, n)](
+    triton_transform.write_values[(-(-tokens // _TOKENS) * parts, plan.vectors, n)](
         q, plan.matrices, plan.scale, plan.mean, streams.cosine, streams.sine,
         streams.coded, streams.counts, places.addresses, places.tokens, *plan.of_vectors,
         plan.units, plan.coefficients, n, tokens, cell_rows, cell_rows // kv, pairs, q_stride,
         places.head_stride, _channel_strides(places),
-        channels=plan.channels, HALF=half, TOKENS=_TOKENS, DEPTH=_DEPTH, **format_of(kv_dtype),
+        channels=plan.channels, PARTS=parts, HALF=half, TOKENS=_TOKENS, DEPTH=_DEPTH, **format_of(kv_dtype),
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     return status

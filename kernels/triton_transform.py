@@ -52,25 +52,27 @@ def write_values(
     q, matrices, scale, mean, cosine, sine, coded, counts, addresses, places,
     of_unit, of_matrix, of_stride, of_live, of_q, of_row, of_head, of_turned,
     units, coefficients, cells, tokens, cell_rows, layers, pairs, q_stride, head_stride, channel_strides,
-    channels: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
+    channels: tl.constexpr, PARTS: tl.constexpr, HALF: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr,
     BITS: tl.constexpr, MANTISSA: tl.constexpr, BIAS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """Values of coded tokens where they belong. Program = (tile of a unit's coded tokens, vector, cell).
+    """Values of coded tokens where they belong. Program = (tile of coded tokens · PARTS + part, vector, cell).
 
     A vector is a layer's head of K or V; its channels are taken as pairs that are turned together, what is not turned
-    as neighbours. matrices: float16, a unit's integers from of_matrix (int64 [vector]) on, in rows of of_stride, a
-    multiple of DEPTH, of which of_live are coefficients and the rest 0; their rows of q begin at of_q, and q has DEPTH
-    rows more than there are, of a multiple of TOKENS; of_turned: pairs that are turned; all int32 [vector], as unit,
-    row (plane · layers + layer) and head are. scale, mean float32 [vector, channel]; cosine, sine float32
-    [cell, token, pair]. coded int32 [cell, unit, token]: which token each coded one is. channel_strides int64 [kv].
+    as neighbours; a program has HALF of the pairs. matrices: float16, a unit's integers from of_matrix (int64 [vector])
+    on, in rows of of_stride, a multiple of DEPTH, of which of_live are coefficients and the rest 0; their rows of q
+    begin at of_q, and q has DEPTH rows more than there are, of a multiple of TOKENS; of_turned: pairs that are turned;
+    all int32 [vector], as unit, row (plane · layers + layer) and head are. scale, mean float32 [vector, channel];
+    cosine, sine float32 [cell, token, pair]. coded int32 [cell, unit, token]: which token each coded one is.
+    channel_strides int64 [kv].
     """
     vector = tl.program_id(1)
     cell = tl.program_id(2).to(tl.int64)
     unit = cell * units + tl.load(of_unit + vector)
     count = tl.load(counts + unit)
-    index = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    if tl.program_id(0) * TOKENS < count:
-        k = tl.arange(0, HALF)
+    start = tl.program_id(0) // PARTS * TOKENS
+    index = start + tl.arange(0, TOKENS)
+    if start < count:
+        k = tl.program_id(0) % PARTS * HALF + tl.arange(0, HALF)
         turned = tl.load(of_turned + vector)
         low = tl.where(k < pairs, k, 2 * k)
         high = tl.where(k < pairs, k + pairs, 2 * k + 1)
@@ -85,7 +87,7 @@ def write_values(
             r = first + tl.arange(0, DEPTH)
             # Rows of q behind the unit's may hold anything: the matrix has zeros there. So may tokens behind the coded.
             numbers = tl.load(q + r[:, None].to(tl.int64) * q_stride + index[None, :]).to(tl.float16)
-            if channels == 2 * HALF:
+            if channels == 2 * HALF * PARTS:
                 a = tl.load(matrix + low[:, None] * stride + r[None, :])
                 b = tl.load(matrix + high[:, None] * stride + r[None, :])
             else:

@@ -110,6 +110,7 @@ def all_checks() -> dict[str, Callable[[torch.device], None]]:
             check_decode_transform(device, (2, 2, 256, 4, 128), level=level)
             check_decode_transform(device, (2, 3, 64, 2, 64), level=level, joint=True, unit_layers=3, streams=(2,))
             check_decode_transform(device, (1, 2, 65, 1, 72), "float32", level=level, rotary=16)
+            check_decode_transform(device, (1, 1, 33, 1, 576), "float32", level=level, rotary=64)
 
     def dtypes(device: torch.device) -> None:
         names: tuple[KVDtype, ...] = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2")

@@ -56,7 +56,7 @@ def check_compiles(capability: int, kv_dtype: str = "bfloat16") -> None:
     _ptx(triton_encode.choose_tables, {"TILE": 1024, "TOGETHER": 16}, capability)
     _ptx(triton_encode.encode_rows, {}, capability, warps=1)
     _ptx(triton_transform.decode_streams, {}, capability, warps=1)
-    product = {"HALF": 64, "TOKENS": 64, "DEPTH": 64, "channels": 128, **narrow, "LARGEST": form.largest}
+    product = {"PARTS": 1, "HALF": 64, "TOKENS": 64, "DEPTH": 64, "channels": 128, **narrow, "LARGEST": form.largest}
     factors = {"mean": "*fp32", "scale": "*fp32"}
     text = _ptx(triton_transform.write_values, product, capability, warps=8, types=factors)
     assert "mma" in text, "the product does not use tensor cores"
@@ -77,7 +77,7 @@ def _ptx(
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in ("q_stride", "side_stride")
+        if signature[name].startswith("*") or (name in ("q_stride", "side_stride") and name not in constants)
     }
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     compiled = triton.compile(
