@@ -73,4 +73,4 @@ def test_damaged_cells_get_the_cpus_verdict(interpreter: Interpreter) -> None:
 
 @pytest.mark.slow
 def test_many_damaged_cells_get_the_cpus_verdict(interpreter: Interpreter) -> None:
-    interpreter.run(device_checks.check_damage, CPU, 1000, seed=1)
+    interpreter.run(device_checks.check_damage, CPU, 300, seed=1)
