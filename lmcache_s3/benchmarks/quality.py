@@ -5,7 +5,9 @@ model then says is held against what it says uncoded (`quality/measure.py`). Fro
 
 - `codec.cachegen_bits`: bits per value of the cheapest level whose KL on prose is within 0.018 (16, uncoded, if none);
 - `codec.cachegen_vs_lmcache`: bytes of the cheapest level no worse than LMCache's default ÷ that one's bytes;
-- `codec.needle_found`: needles found behind the first of these two, ÷ those found uncoded.
+- `codec.transform_bits`, `_bits_fine`, `_layerwise_bits`: the same of `transform`, calibrated in the same run on other
+  texts (`calibrated.py`), within 0.01 and 0.004, and within 0.0125 where units are one layer;
+- `codec.needle_found`: needles found behind the cheapest of all within 0.01, ÷ those found uncoded.
 
 What is measured is kept in the user's cache directory until the run ends, so that one that was interrupted goes on.
 `--save` puts what was measured of each level into a bucket, where `max_kl` looks for it.
@@ -41,6 +43,14 @@ from lmcache_s3.quality.texts import KINDS, Document, digest, held_out
 
 CACHEGEN_KL = 0.018
 """Nats per token."""
+TRANSFORM_GOALS = (
+    ("codec.transform_bits", "transform-", 0.01, 0.60),
+    ("codec.transform_bits_fine", "transform-", 0.004, 1.0),
+    ("codec.transform_layerwise_bits", "transform-layerwise-", 0.0125, 1.25),
+)
+"""Figure, whose coders, within which KL, goal in bits per value."""
+RECOMMENDED_KL = 0.01
+CODECS = ("cachegen", "transform")
 NEEDLE_TOKENS = (4096, 8192)
 OTHER_KINDS_MOST = 4
 UNCODED_BITS = 16.0
@@ -178,10 +188,17 @@ def _cells(mean: dict[str, Mean]) -> list[str]:
 
 
 def figures_of(results: Results, ours: Sequence[CodecCoder]) -> list[Figure]:
-    """The figures of issue and table. Those of `transform` belong here too, once its codec is measured."""
+    """Every figure: those with goals first, then each coder's on each kind of text."""
     made: list[Figure] = []
-    if ours[0].codec.id == "cachegen":
-        made += _cachegen_figures(results, ours)
+    cachegen = [coder for coder in ours if coder.codec.id == "cachegen"]
+    if cachegen:
+        made += _cachegen_figures(results, cachegen)
+    for name, prefix, most_kl, goal in TRANSFORM_GOALS:
+        these = [coder for coder in ours if coder.name.startswith(prefix)]
+        if these:
+            best = cheapest(results, these, most_kl)
+            made.append(Figure(name, best[1] if best else UNCODED_BITS, f"bits at KL ≤ {most_kl}", goal, "lower"))
+    made += _needle_figures(results, ours)
     everybody: list[Coder] = [*ours, _LMCACHE, Fp8()]
     for coder in everybody:
         for kind in KINDS:
@@ -212,10 +229,22 @@ def _cachegen_figures(results: Results, ours: Sequence[CodecCoder]) -> list[Figu
         ratio = (equal[1] if equal else UNCODED_BITS) / theirs
         name = "codec.cachegen_vs_lmcache" + ("" if kind == "prose" else f".{kind}")
         made.append(Figure(name, ratio, "bytes ÷ bytes", 0.5 if kind == "prose" else None, "lower"))
+    return made
+
+
+def recommended(results: Results, ours: Sequence[Coder]) -> str | None:
+    """The coder that one would choose: the cheapest within `RECOMMENDED_KL`, else within cachegen's bound."""
+    best = cheapest(results, ours, RECOMMENDED_KL) or cheapest(results, ours, CACHEGEN_KL)
+    return None if best is None else best[0]
+
+
+def _needle_figures(results: Results, ours: Sequence[Coder]) -> list[Figure]:
+    made: list[Figure] = []
+    best = recommended(results, [coder for coder in ours if all(coder.name in one.found for one in results.needles)])
     if best is not None and results.needles:
-        got = sum(one.found[best[0]] for one in results.needles)
+        got = sum(one.found[best] for one in results.needles)
         uncoded = sum(one.found["uncoded"] for one in results.needles)
-        made.append(Figure("codec.needle_found", got / max(1, uncoded), f"{got} ÷ {uncoded}", 0.99, "higher"))
+        made.append(Figure("codec.needle_found", got / max(1, uncoded), f"{got} ÷ {uncoded}, {best}", 0.99, "higher"))
     for one in results.needles:
         for coder, count in one.found.items():
             name = f"quality.needles_{one.length_tokens}.{coder}"
@@ -252,7 +281,7 @@ def main(
     json_path: Path | None = None,
     *,
     model: str | None = None,
-    codec: str = "cachegen",
+    codecs: Sequence[str] = CODECS,
     levels: Sequence[str] = (),
     documents: int | None = None,
     needles: bool = True,
@@ -261,13 +290,17 @@ def main(
 ) -> bool:
     """Measure, print the tables, write what was asked for; whether every goal was met.
 
-    model: directory or hub name; None: SmolLM2-135M-Instruct. documents: at most so many of each kind of text.
-    save_url: root of a cache, whose bucket gets what was measured.
+    model: directory or hub name; None: SmolLM2-135M-Instruct. levels: of the codecs; none: all. documents: at most so
+    many of each kind of text. save_url: root of a cache, whose bucket gets what was measured.
     """
     # wide enough for the tables where output goes to no terminal
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
-    ours = coders(codec, levels)
+    ours = [coder for codec in codecs if codec != "transform" for coder in coders(codec, levels)]
     known = _load(model, console)
+    if "transform" in codecs:
+        from lmcache_s3.benchmarks.calibrated import calibrated_coders
+
+        ours += calibrated_coders(known, levels, console)
     texts = [one for kind in KINDS for one in _some(held_out(), kind, documents)]
     measured: list[Coder] = [*ours, _LMCACHE, Fp8()]
     results = Results(known.name, digest(texts))
@@ -276,8 +309,9 @@ def main(
         console.print(f"going on where a run was interrupted: {state.documents} documents are measured", markup=False)
     results.scores = score_documents(known, texts, measured, state, console)
     if needles:
-        best = cheapest(results, ours, CACHEGEN_KL)
-        tried = [coder for coder in measured if coder is _LMCACHE or best is None or coder.name == best[0]]
+        cachegen = cheapest(results, [coder for coder in ours if coder.codec.id == "cachegen"], CACHEGEN_KL)
+        wanted = {recommended(results, ours), None if cachegen is None else cachegen[0], _LMCACHE.name}
+        tried = [coder for coder in measured if coder.name in wanted]
         prose = [one.text for one in texts if one.kind == "prose"]
         results.needles = [find_needles(known, prose, length, tried, console) for length in NEEDLE_TOKENS]
     print_tables(results, measured, console)

@@ -52,7 +52,7 @@ def draw(rows: Sequence[dict[str, Any]], model: str, path: Path) -> None:
 
 def _family(coder: str) -> str:
     """`cachegen-fine` and `cachegen-coarse` are points of one line."""
-    return coder.split("-")[0] if coder.startswith(("cachegen-", "transform-")) else coder
+    return coder.rpartition("-")[0] if coder.startswith(("cachegen-", "transform-")) else coder
 
 
 def main(arguments: Sequence[str]) -> int:

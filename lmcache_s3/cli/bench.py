@@ -67,8 +67,11 @@ def quality(
     model: Annotated[
         str | None, typer.Option(help="Directory or hub name of a model; default: SmolLM2-135M-Instruct.")
     ] = None,
-    codec: Annotated[str, typer.Option(help="The codec to measure.")] = "cachegen",
-    level: Annotated[list[str] | None, typer.Option(help="A level of it; may be repeated. Default: all.")] = None,
+    codec: Annotated[
+        list[str] | None,
+        typer.Option(help="A codec to measure; may be repeated. Default: cachegen and transform, calibrated first."),
+    ] = None,
+    level: Annotated[list[str] | None, typer.Option(help="A level; may be repeated. Default: all.")] = None,
     documents: Annotated[
         int | None, typer.Option(min=1, help="At most so many documents of each kind of text; default: 24 of prose.")
     ] = None,
@@ -78,12 +81,12 @@ def quality(
     ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw rate and distortion here (.svg, .png).")] = None,
 ) -> None:
-    """What a coded cache costs in the quality of a model's answers (about 15 minutes on two cores)."""
+    """What a coded cache costs in the quality of a model's answers (about an hour on two cores)."""
     run(
         "quality",
         json_path=json_path,
         model=model,
-        codec=codec,
+        codecs=codec or ("cachegen", "transform"),
         levels=level or (),
         documents=documents,
         needles=needles,
