@@ -123,7 +123,8 @@ class Calibrating:
         transforms = []
         for box in boxes:
             vectors = Vectors([one.kv[group] for one in used], self._model.kv_dtype, self._turns[group], box)
-            transforms.append(fit.klt(*fit.moments(vectors), *fit.weighting(fisher, box, fit.K_STEP)))
+            weights = fit.weighting(fisher, box, fit.K_STEP)
+            transforms.append(fit.klt(*fit.moments(vectors), *weights))
             self._progress.advance()
         return Fitted(self._turns[group], tuple(boxes), tuple(transforms))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -161,21 +162,30 @@ def _blocks_times(blocks: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return product
 
 
-def quantised(transform: Transform, vectors: Iterable[np.ndarray], step: float, live: int) -> Iterator[np.ndarray]:
-    """int8 [token, live] coefficients ÷ step of each piece, rounded and clipped."""
-    forward = (transform.forward[:live] / step).astype(np.float32).T
+class Quantised(NamedTuple):
+    """q: int8 [token, coefficient]. coded: bool [token]; the others are out of reach, to be kept exactly."""
+
+    q: np.ndarray
+    coded: np.ndarray
+
+
+def quantised(transform: Transform, vectors: Iterable[np.ndarray], step: float, live: int) -> Iterator[Quantised]:
+    """The first `live` coefficients ÷ step of each piece, rounded as the codec rounds them."""
+    forward = (transform.forward[:live] / step).astype(np.float32)
     mean = transform.mean.astype(np.float32)
     for piece in vectors:
-        yield np.clip(np.rint((piece - mean) @ forward), -REACH, REACH).astype(np.int8)
+        found = np.rint((piece - mean) @ forward.T)
+        coded = np.abs(found).max(axis=1) <= REACH
+        yield Quantised(np.clip(found, -REACH, REACH).astype(np.int8), coded)
 
 
-def histograms(pieces: Iterable[np.ndarray]) -> np.ndarray:
-    """int64 [coefficient, 128]: how often each magnitude occurs."""
+def histograms(pieces: Iterable[Quantised]) -> np.ndarray:
+    """int64 [coefficient, 128]: how often each magnitude occurs among coded tokens."""
     total: np.ndarray | None = None
-    for q in pieces:
+    for q, coded in pieces:
         width = q.shape[1]
         total = np.zeros((width, _REACH_TABLES), np.int64) if total is None else total
-        flat = np.abs(q.astype(np.int64)) + _REACH_TABLES * np.arange(width)
+        flat = np.abs(q[coded].astype(np.int64)) + _REACH_TABLES * np.arange(width)
         total += np.bincount(flat.reshape(-1), minlength=width * _REACH_TABLES).reshape(width, _REACH_TABLES)
     assert total is not None
     return total

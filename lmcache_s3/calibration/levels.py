@@ -68,14 +68,14 @@ class Judge:
             for box, transform in zip(fitted.boxes, fitted.transforms, strict=True):
                 live = live_at(transform, step)
                 vectors = Vectors([bits], self._model.kv_dtype, fitted.turns, box)
-                (q,) = quantised(transform, vectors, step, live)
+                ((q, coded),) = quantised(transform, vectors, step, live)
                 values = q.astype(np.float32) @ (transform.inverse[:, :live] * step).astype(np.float32).T
                 values += transform.mean.astype(np.float32)
                 shape = (len(values), len(box.planes), len(box.layers), len(box.heads), bits.shape[-1])
                 planes = np.ascontiguousarray(values.reshape(shape).transpose(1, 2, 0, 3, 4))
                 if box.planes[0] == 0:
                     planes = rotated(planes, fitted.turns, 1)
-                box.of(out)[:, :, 1:] = from_float32(planes, self._model.kv_dtype)
+                box.of(out)[:, :, 1:][:, :, coded] = from_float32(planes[:, :, coded], self._model.kv_dtype)
             made.append(out)
         return made
 
