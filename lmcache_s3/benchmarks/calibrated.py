@@ -1,6 +1,6 @@
 """Codec `transform` for `bench quality`: calibrations of the measured model, and coders made of them.
 
-Two cuts are measured, wide units (up to 15 layers, as `lmcache-s3 calibrate` makes them) and units of one layer (a
+Two cuts are measured, wide units (as `lmcache-s3 calibrate` makes them: 15 layers of SmolLM2) and units of one layer (a
 small file, a cheap transform). Each is calibrated on the spot, on texts that are not measured on, and kept in the
 user's cache directory, so that a run that was interrupted goes on. Raises what calibrating raises.
 """
@@ -27,7 +27,7 @@ from lmcache_s3.quality.texts import calibration as calibration_texts
 from lmcache_s3.quality.texts import digest
 from lmcache_s3.testing.models import cache_home
 
-CUTS = {"transform": Cut(unit_layers=15), "transform-layerwise": Cut(unit_layers=1)}
+CUTS = {"transform": Cut(), "transform-layerwise": Cut(unit_layers=1)}
 """Coder's name → how units are cut."""
 _VERSION = 1
 """Raised when calibrating changes: what was kept is made anew."""

@@ -23,12 +23,11 @@ def calibrate(
         typer.Option(help="A text to calibrate on; may be repeated. Default: texts of this package and of Python."),
     ] = None,
     unit_layers: Annotated[
-        int,
+        int | None,
         typer.Option(min=1, help="Layers transformed as one: more take fewer bytes, more time and a larger file."),
-    ] = 15,
+    ] = None,
     stages: Annotated[int, typer.Option(min=1, help="Pipeline stages of the engines that will write.")] = 1,
     head_groups: Annotated[int, typer.Option(min=1, help="Head groups that cells are stored in.")] = 1,
-    joint: Annotated[bool, typer.Option(help="Transform K and V as one.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU where there is one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the calibration to this file, not to the bucket.")] = None,
 ) -> None:
@@ -46,7 +45,7 @@ def calibrate(
     weights = weights_digest(known.path)
     with _Shown(cli.progress_console) as shown:
         calibrating = Calibrating(known, documents, shown)
-        cut = Cut(unit_layers, stages, head_groups, joint)
+        cut = Cut(unit_layers, stages, head_groups)
         made = calibrating.run(cut, {"weights": weights})
     if len(made) != 1:
         raise Invalid(
