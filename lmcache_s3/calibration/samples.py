@@ -89,7 +89,7 @@ class Samples:
 
     def _mapped(self, i: int, what: str) -> Iterator[np.ndarray]:
         for group in range(len(self._turns)):
-            yield np.load(self._path(i, what, group), mmap_mode="r")
+            yield np.load(self._path(i, what, group), mmap_mode="c")
 
     def _compute(self, i: int, prompt: Prompt) -> None:
         kv = self._model.prefill(prompt.tokens)

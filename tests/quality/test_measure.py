@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,47 +13,15 @@ from lmcache_s3.errors import Invalid
 from lmcache_s3.quality import needle
 from lmcache_s3.quality.coding import CodecCoder, through
 from lmcache_s3.quality.measure import GREEDY_TOKENS, Mean, Score, Trial, compare, context_of, same_answer, summary
-from lmcache_s3.quality.model import Model
 from lmcache_s3.testing.small import same_bits
-from lmcache_s3.types import Grid, KVDtype
+from lmcache_s3.testing.tiny_model import VOCABULARY, tiny
+from lmcache_s3.types import Grid
 
 torch = pytest.importorskip("torch", reason="runs a model: pip install 'lmcache-s3[quality]'")
 transformers = pytest.importorskip("transformers", reason="runs a model: pip install 'lmcache-s3[quality]'")
 
-VOCABULARY = 300
 TOKENS = [int(t) for t in np.random.default_rng(1).integers(0, VOCABULARY, 64 + 256)]
 CHUNK = 16
-
-
-class Letters:
-    """A tokenizer of single characters."""
-
-    chat_template = None
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
-
-
-def tiny(kind: str = "llama", kv_dtype: KVDtype = "bfloat16") -> Model:
-    shape: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 1024,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if kind == "llama":
-            made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
-        else:
-            kinds = ["sliding_attention", "full_attention", "sliding_attention"]
-            config = transformers.Gemma3TextConfig(**shape, sliding_window=24, layer_types=kinds)
-            made = transformers.Gemma3ForCausalLM(config)
-    return Model.of(made, kv_dtype=kv_dtype, tokenizer=Letters())
 
 
 class Halving:
