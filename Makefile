@@ -10,8 +10,10 @@ BIN := .venv/bin
 setup:
 	@$(PYTHON) scripts/setup.py
 
+# CODEC=transform shows the calibrated codec: a fortieth of the bytes.
+CODEC ?= fast
 demo: setup
-	@$(BIN)/python -m lmcache_s3.benchmarks.demo
+	@$(BIN)/python -m lmcache_s3.benchmarks.demo --codec $(CODEC)
 
 # Linters first, so that the output ends with pytest's summary.
 test: lint

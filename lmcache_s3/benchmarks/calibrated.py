@@ -1,7 +1,11 @@
 """Codec `transform` for `bench quality`: calibrations of the measured model, and coders made of them.
 
 Two cuts are measured, wide units (as `lmcache-s3 calibrate` makes them: 15 layers of SmolLM2) and units of one layer (a
-small file, a cheap transform). Each is calibrated on the spot, on texts that are not measured on, and kept in the
+small file, a cheap transform).
+
+    python -m lmcache_s3.benchmarks.calibrated MODEL URL     # the former into a cache's bucket, for the demo
+
+Each is calibrated on the spot, on texts that are not measured on, and kept in the
 user's cache directory, so that a run that was interrupted goes on. Raises what calibrating raises.
 """
 
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,16 +21,20 @@ import numpy as np
 from rich.console import Console
 
 from lmcache_s3.calibration.calibrate import Calibrating, Cut
+from lmcache_s3.calibration_store import publish
 from lmcache_s3.codecs import calibrations
 from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.calibration import Calibration
 from lmcache_s3.codecs.transform import TransformCodec
+from lmcache_s3.config import load_settings
 from lmcache_s3.errors import LMCacheS3Error
 from lmcache_s3.quality.coding import CodecCoder
 from lmcache_s3.quality.model import Model
 from lmcache_s3.quality.texts import calibration as calibration_texts
 from lmcache_s3.quality.texts import digest
 from lmcache_s3.testing.models import cache_home
+from lmcache_s3.tiers.stores.open import open_store
+from lmcache_s3.weights import weights_digest
 
 CUTS = {"transform": Cut(), "transform-layerwise": Cut(unit_layers=1)}
 """Coder's name → how units are cut."""
@@ -63,11 +72,12 @@ def calibrated_coders(model: Model, levels: Sequence[str], console: Console) -> 
     return coders
 
 
-def _calibrations(model: Model, console: Console) -> dict[str, list[Calibration]]:
+def _calibrations(model: Model, console: Console, names: Sequence[str] = tuple(CUTS)) -> dict[str, list[Calibration]]:
     texts = calibration_texts()
     found: dict[str, list[Calibration]] = {}
     calibrating: Calibrating | None = None
-    for name, cut in CUTS.items():
+    for name in names:
+        cut = CUTS[name]
         key = hashlib.sha256(repr((_VERSION, model.path, model.kv_dtype, digest(texts), cut)).encode())
         directory = cache_home().parent / "calibration" / f"made-{key.hexdigest()[:32]}"
         made = _kept(directory, len(model.groups))
@@ -104,3 +114,18 @@ class _Lines:
 
     def say(self, text: str) -> None:
         self._console.print(text, markup=False)
+
+
+def main(model: str, url: str) -> None:
+    """Put the wide calibration of a model with one KV group where caches under this URL find it."""
+    known = Model(model)
+    ((made,),) = _calibrations(known, Console(), ["transform"]).values()
+    store = open_store(url, options=load_settings(url=url).store_options())
+    try:
+        publish(store, made, weights_digest(known.path))
+    finally:
+        store.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,14 +1,16 @@
 """`make demo`: a second vLLM answers long prompts from the KV that a first one left in an S3 bucket.
 
-    python -m lmcache_s3.benchmarks.demo
+    python -m lmcache_s3.benchmarks.demo [--codec transform]
 
 Everything is real: SeaweedFS with credentials on loopback, SmolLM2-135M-Instruct, two vLLM processes with different
 PYTHONHASHSEEDs and nothing in common but the bucket. Exits 0 when every part did what it is meant to show, 1 when one
-did not, 130 on Ctrl-C; no process is left behind in any case.
+did not, 130 on Ctrl-C; no process is left behind in any case. A lossy codec has to give the right answer, not the same;
+`transform` is calibrated first (minutes, the first time).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from rich.table import Table
 
 from lmcache_s3.benchmarks.prompts import WARM_UP, Asked, documents
 from lmcache_s3.benchmarks.steps import Steps
+from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.errors import LMCacheS3Error
 from lmcache_s3.testing.engine import Answer, EngineProcess
 from lmcache_s3.testing.models import smollm2_apart
@@ -31,6 +34,8 @@ from lmcache_s3.testing.servers import SeaweedFS
 from lmcache_s3.types import ExtentName
 
 ANSWER_TOKENS = 32
+KV_BYTES_PER_TOKEN = 23_040
+"""Of SmolLM2-135M: 2 × 30 layers × 3 heads × 64 channels of bfloat16."""
 NEAR_TIE = 0.05
 """Nats between the two likeliest tokens."""
 _BUCKET = "lmcache-demo"
@@ -44,6 +49,10 @@ bits = array[0, 0, :2, 0, :4]                                    # K of layer 0:
 print((bits.astype("uint32") << 16).view("float32"))             # bfloat16 is the upper half of a float32
 """
 """What a reader without our package types; shown and run as it is."""
+READ_CODED = READ_PLAIN.replace("import sys, numpy, zarr", "import sys, numpy, zarr, lmcache_s3").replace(
+    "array = ", "lmcache_s3.load_calibration(url.partition('/spaces/')[0])        # only transform needs it\narray = "
+)
+"""The same for cells that only our codecs decode: zarr finds them where the package is installed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +68,11 @@ class Row:
     @property
     def verdict(self) -> str:
         return compare(self.shared, self.cold)
+
+    @property
+    def raw_bytes(self) -> int:
+        """What the KV that was hit takes in the engine."""
+        return self.shared.cached_tokens * KV_BYTES_PER_TOKEN
 
 
 def compare(got: Answer, want: Answer) -> str:
@@ -85,8 +99,8 @@ class Failure:
 class Demo:
     """The script, part by part. Owns two engines and a server through `stack`."""
 
-    def __init__(self, stack: ExitStack, console: Console) -> None:
-        self.console = console
+    def __init__(self, stack: ExitStack, console: Console, codec: str) -> None:
+        self.console, self.codec = console, codec
         self.steps = Steps(console)
         self._stack = stack
         self._home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lmcache-s3-demo-")))
@@ -97,6 +111,10 @@ class Demo:
         with self.steps("starting an S3 server (SeaweedFS, loopback, with credentials)"):
             self.server = self._stack.enter_context(SeaweedFS())
             self.url = self.server.make_bucket(_BUCKET) + "/kv"
+        if self.codec == "transform":
+            with self.steps("calibrating the codec (about 10 minutes the first time)"):
+                command = [sys.executable, "-m", "lmcache_s3.benchmarks.calibrated", str(model), self.url]
+                _run(command, {**os.environ, **self.server.env()})
         with self.steps("starting two vLLM engines, A and B (half a minute to a minute)") as tick:
             self.a, self.b = (self._engine(name, seed, model) for name, seed in (("A", 1), ("B", 2)))
             self.a.ready(tick=tick)
@@ -110,7 +128,7 @@ class Demo:
             EngineProcess(
                 model,
                 url=self.url,
-                extra_config={"endpoint_url": self.server.endpoint_url},
+                extra_config={"endpoint_url": self.server.endpoint_url, "codec": self.codec},
                 env=self.server.env(),
                 hash_seed=seed,
                 name=f"engine-{name}",
@@ -170,9 +188,10 @@ class Demo:
         arrays = [k["Key"].removesuffix("/zarr.json") for k in keys if k["Key"].endswith("/zarr.json")]
         longest = max(arrays, key=lambda path: ExtentName.parse(path.rpartition("/")[2]).n_chunks)
         array = f"s3://{_BUCKET}/{longest}"
-        self.console.print("[bold]One of them, in a fresh process, by plain zarr (without our package):[/bold]")
-        self.console.print(textwrap.indent(READ_PLAIN.strip(), "    "), style="dim", markup=False, soft_wrap=True)
-        read = _run([sys.executable, "-c", READ_PLAIN, array, self.server.endpoint_url], env)
+        how, script = ("without", READ_PLAIN) if self.codec == "fast" else ("and the codec of", READ_CODED)
+        self.console.print(f"[bold]One of them, in a fresh process, by plain zarr ({how} our package):[/bold]")
+        self.console.print(textwrap.indent(script.strip(), "    "), style="dim", markup=False, soft_wrap=True)
+        read = _run([sys.executable, "-c", script, array, self.server.endpoint_url], env)
         self.console.print(textwrap.indent(read, "    "), markup=False, soft_wrap=True)
 
 
@@ -189,11 +208,12 @@ def _run(command: list[str], env: Mapping[str, str]) -> str:
     return done.stdout.rstrip()
 
 
-def _table(rows: list[Row]) -> Table:
+def _table(rows: list[Row], coded: bool) -> Table:
+    """coded: by a lossy codec, of which the KV's share that was read and the right answer are what matters."""
     table = Table(title="A computes (cold), B loads from S3; both greedy", title_justify="left")
     table.add_column("prompt")
     names = ("tokens", "cold TTFT", "shared-hit TTFT", "hit tokens", "bytes read", "requests made", "same answer")
-    for name in names:
+    for name in (*names, *(["right answer"] if coded else [])):
         table.add_column(name, justify="right")
     for r in rows:
         table.add_row(
@@ -202,23 +222,25 @@ def _table(rows: list[Row]) -> Table:
             f"{r.cold.ttft_s:.2f} s",
             f"{r.shared.ttft_s:.2f} s  ({r.cold.ttft_s / r.shared.ttft_s:.0f}×)",
             f"{r.shared.cached_tokens:,}",
-            f"{r.read_bytes / 2**20:.1f} MiB",
+            f"{r.read_bytes / 2**20:.1f} MiB" + (f"  (1/{r.raw_bytes / max(1, r.read_bytes):.0f})" if coded else ""),
             str(r.requests),
             r.verdict,
+            *(["yes" if r.asked.is_answered_by(r.shared.text) else "no"] if coded else []),
         )
     return table
 
 
-def run(console: Console) -> bool:
-    """The whole demo; whether every part showed what it is meant to show."""
+def run(console: Console, codec: str = "fast") -> bool:
+    """The whole demo; whether every part showed what it is meant to show. Raises `Invalid` for an unknown codec."""
     *asked, last = documents()
+    coded = not make_codec(codec).exact
     with ExitStack() as stack:
-        demo = Demo(stack, console)
+        demo = Demo(stack, console, codec)
         demo.start()
         cold = [(d, *demo.cold(d)) for d in asked]
         rows = [Row(d, answer, *demo.shared(d, tokens)) for d, tokens, answer in cold]
         console.print()
-        console.print(_table(rows))
+        console.print(_table(rows, coded))
         for r in rows:
             console.print(f"  [dim]{r.asked.question}[/dim] {r.shared.text.strip()}")
         demo.look_inside()
@@ -233,9 +255,8 @@ def run(console: Console) -> bool:
         for line in failure.warnings:
             console.print(f"  {line}", style="yellow", markup=False, soft_wrap=True)
         met = (
-            all(
-                r.verdict != "no" and r.shared.cached_tokens and r.read_bytes and not r.cold.cached_tokens for r in rows
-            )
+            all(r.shared.cached_tokens and r.read_bytes and not r.cold.cached_tokens for r in rows)
+            and all(r.asked.is_answered_by(r.shared.text) if coded else r.verdict != "no" for r in rows)
             and failure.failed_loads >= 1
             and failure.verdict != "no"
             and len(failure.warnings) == 1
@@ -270,9 +291,12 @@ def _closing_line(console: Console, rows: list[Row], met: bool) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="demo", description="Two vLLM engines share one S3 bucket.")
+    parser.add_argument("--codec", default="fast", help="what cells are stored with; default: fast, which is exact")
+    codec = parser.parse_args().codec
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     try:
-        return 0 if run(console) else 1
+        return 0 if run(console, codec) else 1
     except KeyboardInterrupt:
         console.print("stopped")
         return 130

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 QUESTIONS = {
-    "coffee_machine": "How often should the gasket be replaced?",
-    "observatory": "Who was the first director of the observatory?",
-    "seed_bank": "What did the teacher on Shetland send, and why was it welcome?",
-    "tide_mill": "Who founded the trust that bought the mill?",
+    "coffee_machine": ("How often should the gasket be replaced?", "two years"),
+    "observatory": ("Who was the first director of the observatory?", "Margit Solheim"),
+    "seed_bank": ("What did the teacher on Shetland send, and why was it welcome?", "oats"),
+    "tide_mill": ("Who founded the trust that bought the mill?", "Helena Marsh"),
 }
-"""Document → question, shortest document first; the last is kept for the failure that the demo shows."""
+"""Document → question and what a right answer says, shortest document first; the last is kept for the failure that the
+demo shows."""
 
 WARM_UP = "Good morning. Please say in one short sentence what a library is for."
 """Shorter than a chunk: nothing of it is stored."""
@@ -29,6 +30,11 @@ class Asked:
     name: str
     text: str
     question: str
+    answer: str
+
+    def is_answered_by(self, text: str) -> bool:
+        """Whether a text says what a right answer says."""
+        return self.answer.casefold() in text.casefold()
 
     @property
     def title(self) -> str:
@@ -42,7 +48,7 @@ class Asked:
 def documents() -> list[Asked]:
     """The documents in the order of `QUESTIONS`."""
     room = files("lmcache_s3.benchmarks").joinpath("documents")
-    return [Asked(name, room.joinpath(f"{name}.txt").read_text("utf-8"), q) for name, q in QUESTIONS.items()]
+    return [Asked(name, room.joinpath(f"{name}.txt").read_text("utf-8"), *q) for name, q in QUESTIONS.items()]
 
 
 def long_prompts(tokenised: Sequence[Sequence[int]], length_tokens: int, count: int) -> list[list[int]]:
