@@ -243,6 +243,8 @@ def run(console: Console, codec: str = "fast") -> bool:
         console.print(_table(rows, coded))
         for r in rows:
             console.print(f"  [dim]{r.asked.question}[/dim] {r.shared.text.strip()}")
+            if r.verdict != "yes":
+                console.print(f"  [dim]A said:[/dim] {r.cold.text.strip()}")
         demo.look_inside()
         console.print()
         failure = demo.survive_the_loss(last)

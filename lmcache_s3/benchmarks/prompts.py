@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 
 QUESTIONS = {
-    "coffee_machine": ("How often should the gasket be replaced?", "two years"),
+    "coffee_machine": ("What colour is the handle of the small brush?", "blue"),
     "observatory": ("Who was the first director of the observatory?", "Margit Solheim"),
     "seed_bank": ("What did the teacher on Shetland send, and why was it welcome?", "oats"),
     "tide_mill": ("Who founded the trust that bought the mill?", "Helena Marsh"),

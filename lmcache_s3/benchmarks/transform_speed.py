@@ -1,4 +1,4 @@
-"""A calibration for measuring how fast codec `transform` is: a plain KLT per layer of K and V, of the very KV measured.
+"""A calibration for measuring how fast codec `transform` is: a plain KLT of each layer, of the very KV measured.
 
 It takes as long as a real one at the same bits a value, but is not weighted by what errors cost, so it says nothing of
 quality: `lmcache-s3 calibrate` does. Pure but for registering what it made.
@@ -42,7 +42,7 @@ def layerwise_codec(prompts: Sequence[np.ndarray], turns: np.ndarray, bits: floa
     """The codec at about so many bits a value. prompts: bfloat16 bits, u16 [plane, layer, token, head, channel] from
     token 0 on. turns: of the model's keys."""
     kv, layers, _, heads, channels = prompts[0].shape
-    boxes = [Box((plane,), range(layer, layer + 1), range(heads)) for plane in range(kv) for layer in range(layers)]
+    boxes = [Box(tuple(range(kv)), range(layer, layer + 1), range(heads)) for layer in range(layers)]
     transforms = [_fitted(prompts, turns, box) for box in boxes]
     every = len(boxes) // _TRIED or 1
     step = _step_for(bits, prompts, turns, boxes[::every], transforms[::every])
@@ -63,10 +63,9 @@ def _vectors(prompts: Sequence[np.ndarray], turns: np.ndarray, box: Box) -> Vect
 def _fitted(prompts: Sequence[np.ndarray], turns: np.ndarray, box: Box) -> Transform:
     mean, covariance = moments(_vectors(prompts, turns, box))
     channels = prompts[0].shape[-1]
-    # Each of K and V, of each layer, scaled to a variance of 1: errors of all cost the same share of it.
-    scale = 1 / math.sqrt(float(np.trace(covariance)) / len(mean))
-    root = np.tile(np.eye(channels), (len(mean) // channels, 1, 1)) * scale
-    return klt(mean, covariance, root, root / scale**2)
+    # Each head's K and V scaled to a variance of 1: errors of all cost the same share of it.
+    spread = np.sqrt(np.diag(covariance).reshape(-1, channels).mean(axis=1))[:, None, None]
+    return klt(mean, covariance, np.eye(channels) / spread, np.eye(channels) * spread)
 
 
 def _tables(
