@@ -10,7 +10,7 @@ BIN := .venv/bin
 setup:
 	@$(PYTHON) scripts/setup.py
 
-# CODEC=transform shows the calibrated codec: a fortieth of the bytes.
+# CODEC=transform shows the calibrated codec: right answers from a thirtieth of the bytes.
 CODEC ?= fast
 demo: setup
 	@$(BIN)/python -m lmcache_s3.benchmarks.demo --codec $(CODEC)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmcache_s3.cache import Cache, CacheStats, Match, Retrieved, StoreReport
-    from lmcache_s3.calibration_store import load_calibration
     from lmcache_s3.config import Settings, load_settings
     from lmcache_s3.errors import (
         Ambiguous,
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from lmcache_s3.extent_array import open_extent
     from lmcache_s3.handle import Handle
     from lmcache_s3.identity import ExtraKey, KVGroup, Space, prefix_hashes
+    from lmcache_s3.plain_calibration import load_calibration
     from lmcache_s3.weights import weights_digest
 
 __all__ = [
@@ -64,7 +64,7 @@ _HOMES = {
     **dict.fromkeys(("Settings", "load_settings"), "lmcache_s3.config"),
     **dict.fromkeys(("ExtraKey", "KVGroup", "Space", "prefix_hashes"), "lmcache_s3.identity"),
     "Handle": "lmcache_s3.handle",
-    "load_calibration": "lmcache_s3.calibration_store",
+    "load_calibration": "lmcache_s3.plain_calibration",
     "open_extent": "lmcache_s3.extent_array",
     "weights_digest": "lmcache_s3.weights",
 }

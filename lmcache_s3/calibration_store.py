@@ -20,16 +20,13 @@ from lmcache_s3.codecs.base import KVCodec
 from lmcache_s3.codecs.calibration import MAX_FILE_BYTES, Calibration
 from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.codecs.transform_layout import misfit
-from lmcache_s3.config import load_settings
 from lmcache_s3.errors import Invalid, Missing, Unusable
 from lmcache_s3.tiers.stores.base import ObjectStore
-from lmcache_s3.tiers.stores.open import StoreOptions, open_store
 from lmcache_s3.types import FORMAT_VERSION, Geometry, Grid
 
 MAX_NAME_BYTES = 1 << 12
 _CALIBRATED = "transform"
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
-_FILE = re.compile(r"(?P<root>.*)/calibrations/(?P<digest>[0-9a-f]{64})\.safetensors", re.ASCII)
 
 
 def name_key(weights: str, kv_dtype: str) -> str:
@@ -113,31 +110,3 @@ def with_calibration(codec: KVCodec, digest: str) -> KVCodec:
 
 def _unfit(text: str) -> Invalid:
     return Invalid(f"codec=transform: {text}", kind="setting", key="codec_calibration")
-
-
-def load_calibration(url: str, *, options: StoreOptions | None = None) -> None:
-    """Let this process decode cells of codec `transform` whose calibrations lie in a cache.
-
-    url: the cache's root, asked from now on for what is missing, or one file's, read at once. options: None: from the
-    settings in environment and file, as `Cache.open` has them. For plain readers of Zarr arrays; `Cache` and
-    `open_extent` do so by themselves. Raises `Invalid`, `Missing`, `Unusable`, `Unavailable`.
-    """
-    match = _FILE.fullmatch(url)
-    root = url if match is None else match["root"] or "/"
-    chosen = load_settings(url=root).store_options() if options is None else options
-
-    def fetch(digest: str) -> bytes:
-        store = open_store(root, options=chosen)
-        try:
-            return store.get(calibrations.key_of(digest), limit_bytes=MAX_FILE_BYTES)
-        finally:
-            store.close()
-
-    if match is None:
-        open_store(root, options=chosen).close()  # says now if it cannot be one
-        calibrations.attach(("root", root), fetch)
-        return
-    calibration = Calibration.from_bytes(fetch(match["digest"]))
-    if calibration.digest != match["digest"]:
-        raise Unusable(f"{url} is not the file of its name", kind="checksum", key=url)
-    calibrations.register(calibration)

@@ -14,13 +14,14 @@ import pytest
 from lmcache_s3 import calibration_store
 from lmcache_s3.analysis.check import check_extent
 from lmcache_s3.cache import Cache
-from lmcache_s3.calibration_store import attached, load_calibration, name_key, publish, read_name
+from lmcache_s3.calibration_store import attached, name_key, publish, read_name
 from lmcache_s3.codecs import calibrations
 from lmcache_s3.codecs.base import CellPosition, CellSpec
 from lmcache_s3.codecs.calibration import Calibration
 from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.errors import Invalid, Missing, Unavailable, Unusable
 from lmcache_s3.extent import open_extent
+from lmcache_s3.plain_calibration import load_calibration
 from lmcache_s3.testing.calibrations import made_calibration
 from lmcache_s3.testing.small import random_tokens, small_settings, small_space
 from lmcache_s3.tiers.stores.base import ObjectStore
