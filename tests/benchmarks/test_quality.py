@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lmcache_s3.benchmarks import quality, rate_distortion
+from lmcache_s3.benchmarks.calibrated import CalibratedCoder
 from lmcache_s3.benchmarks.peers import Fp8, LMCacheCacheGen
 from lmcache_s3.benchmarks.quality import Found, Results, cheapest, coders, figures_of, levels_of, measurements
 from lmcache_s3.benchmarks.quality_state import State
@@ -18,6 +19,7 @@ from lmcache_s3.codecs.dtypes import from_float32, to_float32
 from lmcache_s3.errors import Invalid
 from lmcache_s3.quality.measure import Score
 from lmcache_s3.quality.texts import KINDS
+from lmcache_s3.testing.calibrations import made_calibration
 
 SPEC = CellSpec((2, 12, 256, 3, 16), "bfloat16")
 POSITION = CellPosition(bytes(16), 0, 0, 0)
@@ -66,6 +68,28 @@ def test_figures_compare_at_no_more_than_the_peers_error() -> None:
     assert figures["codec.needle_found"].value == pytest.approx(19 / 20)
     assert not figures["codec.needle_found"].ok
     assert figures[f"quality.{OURS[0].name}.chat.kl"].value == pytest.approx(0.012)
+
+
+def test_transform_is_judged_by_its_own_bounds_and_its_narrow_units_apart() -> None:
+    made = [made_calibration(SPEC)]
+    wide, narrow = (CalibratedCoder(name, "medium", made) for name in ("transform", "transform-layerwise"))
+    kls, bits = {wide.name: 0.009, narrow.name: 0.012}, {wide.name: 0.5, narrow.name: 0.9}
+    figures = {f.name: f for f in figures_of(results(kls, bits), [wide, narrow])}
+    assert figures["codec.transform_bits"].value == 0.5
+    assert figures["codec.transform_bits_fine"].value == 16  # neither is within 0.004
+    assert figures["codec.transform_layerwise_bits"].value == 0.9
+    assert "codec.cachegen_bits" not in figures
+
+
+def test_calibrated_coders_code_each_group_with_its_own_calibration() -> None:
+    small = CellSpec((2, 2, 32, 1, 16), "bfloat16")
+    coder = CalibratedCoder("transform", "medium", [made_calibration(SPEC), made_calibration(small)])
+    for spec in (SPEC, small):
+        values = from_float32(np.random.default_rng(1).standard_normal(spec.shape, np.float32), "bfloat16")
+        n_bytes, decoded = coder.code(values, spec, POSITION)
+        assert n_bytes < values.nbytes
+        error = to_float32(decoded, "bfloat16") - to_float32(values, "bfloat16")
+        assert 0 < np.abs(error).mean() < 0.2
 
 
 def test_a_codec_that_is_never_good_enough_counts_as_uncoded() -> None:
