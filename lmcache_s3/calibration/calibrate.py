@@ -18,7 +18,7 @@ import numpy as np
 
 from lmcache_s3.calibration import fit
 from lmcache_s3.calibration.fit import Box, Vectors
-from lmcache_s3.calibration.levels import TARGETS, Fitted, Judge, find_step, units_of
+from lmcache_s3.calibration.levels import MARGIN, TARGETS, Fitted, Judge, find_step, units_of
 from lmcache_s3.calibration.rotary import turns_of
 from lmcache_s3.calibration.samples import Sample, Samples, prompts_of
 from lmcache_s3.codecs.calibration import Calibration, Level
@@ -138,8 +138,8 @@ class Calibrating:
                 self._progress.say(f"level {name}: step {step:.5f} has KL {kl:.4f}")
 
             if levels and levels[-1].kl:
-                step = levels[-1].step * (target / levels[-1].kl) ** _STEP_PER_KL
-            step, kl = find_step(judge, target, step, tried)
+                step = levels[-1].step * (target * MARGIN / levels[-1].kl) ** _STEP_PER_KL
+            step, kl = find_step(judge, target * MARGIN, step, tried)
             levels.append(Level(name, step, kl))
             self._progress.advance()
         return levels

@@ -30,6 +30,8 @@ from lmcache_s3.quality.model import KV, Model
 
 TARGETS = {"fine": 0.004, "medium": 0.01, "coarse": 0.02}
 """level → next-token KL that it stays within, nats per token."""
+MARGIN = 0.75
+"""Of the target that is aimed at: prompts set aside come from the same sources as the others, other texts cost more."""
 _TRIES = 5
 _CLOSE = 0.04
 """Of the target, below it: near enough."""
