@@ -1,7 +1,8 @@
 """The rate–distortion figure of the documentation, from what `bench quality` wrote.
 
-    python -m lmcache_s3.benchmarks.rate_distortion FIGURES.json docs/rate-distortion.svg
+    python -m lmcache_s3.benchmarks.rate_distortion FIGURES.json … docs/rate-distortion.svg
 
+Several files are of the same model and texts, with other codecs.
 Needs `pip install 'lmcache-s3[analysis]'`. Raises `Invalid` for a missing package or a file that is not of that bench.
 """
 
@@ -56,13 +57,17 @@ def _family(coder: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 2:
+    if len(arguments) < 2:
         print(__doc__, file=sys.stderr)
         return 2
-    source, target = map(Path, arguments)
+    *sources, target = map(Path, arguments)
+    source = sources[0]
     try:
-        document = json.loads(source.read_text("utf-8"))
-        draw(document["rows"], document["model"], target)
+        rows: list[dict[str, Any]] = []
+        for source in sources:
+            document = json.loads(source.read_text("utf-8"))
+            rows += document["rows"]
+        draw(rows, document["model"], target)
     except LMCacheS3Error as error:
         print(f"lmcache-s3: {error}", file=sys.stderr)
         return 2
