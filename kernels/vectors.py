@@ -33,10 +33,6 @@ Vector = Any
 
 _I32 = ir.IntType(32)
 _I64 = ir.IntType(64)
-_NUMPY: dict[str, Any] = {
-    name: getattr(np, name)
-    for name in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
-}
 
 
 class VectorType(types.Type):
@@ -219,30 +215,16 @@ bits_of_f32, f32_of_bits, pairs_of_i8 = _viewing("uint32"), _viewing("float32"),
 """The same bits as other numbers."""
 
 
-def _splatting(element: str, count: int) -> Any:
-    vector = VectorType(element, count)
+@_inline
+def splat(_typing: Any, like: Any, number: Any) -> Any:
+    """A vector as `like`, of one number, which becomes one of its type."""
 
     def generate(builder: Any, values: list[Any]) -> Any:
-        nothing = ir.Constant(vector.llvm, ir.Undefined)
-        first = builder.insert_element(nothing, values[0], ir.Constant(_I32, 0))
-        return builder.shuffle_vector(first, nothing, _indices([0] * count))
+        nothing = ir.Constant(like.llvm, ir.Undefined)
+        first = builder.insert_element(nothing, values[1], ir.Constant(_I32, 0))
+        return builder.shuffle_vector(first, nothing, _indices([0] * like.count))
 
-    @_inline
-    def splat(_typing: Any, number: Any) -> Any:
-        return _signature(vector, [number], generate)
-
-    return splat
-
-
-def splat(like: Vector, number: Any) -> Vector:
-    """A vector as `like`, of one number."""
-    raise NotImplementedError("only in kernels")
-
-
-@_overload(splat)
-def _(like: Any, number: Any) -> Any:
-    make, cast = _splatting(like.element, like.count), _NUMPY[like.element]
-    return lambda like, number: make(cast(number))
+    return _signature(like, [like, getattr(types, like.element)], generate)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -257,8 +239,7 @@ def _lane_by_lane(operation: Any, apply: Any) -> None:
             return None
         if isinstance(b, VectorType):
             return lambda a, b: apply(a, b)
-        splat, number = _splatting(a.element, a.count), _NUMPY[a.element]
-        return lambda a, b: apply(a, splat(number(b)))
+        return lambda a, b: apply(a, splat(a, b))
 
 
 def _arithmetic(operation: Any, signed: str, unsigned: str, floating: str | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
@@ -19,12 +17,6 @@ from lmcache_s3.kernels.paged import PlaneMap
 from lmcache_s3.testing import device_checks
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    with Interpreter() as running:
-        yield running
 
 
 @pytest.mark.parametrize(
