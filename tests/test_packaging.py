@@ -59,7 +59,14 @@ def run(*command: str, cwd: Path) -> str:
 
 def test_the_wheel_holds_every_room_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    for must in ("tiers/base.py", "tiers/stores/base.py", "codecs/base.py", "kernels/paged.py", "py.typed"):
+    for must in (
+        "tiers/base.py",
+        "tiers/eviction/base.py",
+        "tiers/stores/base.py",
+        "codecs/base.py",
+        "kernels/paged.py",
+        "py.typed",
+    ):
         assert f"lmcache_s3/{must}" in names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"lmcache_s3"}
