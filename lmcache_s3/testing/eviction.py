@@ -42,15 +42,16 @@ class EvictionPolicyTests:
         policy.remove("a")
         assert policy.victim(1.0) is None
 
-    def test_what_is_not_held_can_be_touched_and_removed_without_effect(self) -> None:
+    def test_what_is_not_held_can_be_used_and_removed_without_effect(self) -> None:
         policy = self.make_policy()
-        policy.touch("a", 0.0)
+        policy.use([Item("a", None, 0, 1)], 0.0)
         policy.remove("a")
         assert policy.victim(0.0) is None
 
     def test_a_prompt_goes_from_its_end(self) -> None:
         policy = self.make_policy()
         items = chain("p", 20)
+        policy.use(items, 0.0)
         for item in items:
             policy.add(item, 0.0)
         gone = []
@@ -106,7 +107,7 @@ class EvictionPolicyTests:
                 policy.remove(key)
                 del held[key]
             elif rng.random() < 0.1:
-                policy.touch(rng.choice(prompt).key, now_s)
+                policy.use([rng.choice(prompt)], now_s)
             else:
                 self._use(policy, held, prompt[: rng.randrange(1, len(prompt) + 1)], room, now_s)
         while (key := policy.victim(now_s)) is not None:
@@ -118,11 +119,9 @@ class EvictionPolicyTests:
     def _use(
         self, policy: EvictionPolicy, held: dict[Hashable, Item], prompt: list[Item], room: int, now_s: float
     ) -> None:
-        """As a tier does: what is there is touched, ends first; the rest is kept while the policy says so."""
+        """As a tier does: the rest of the prompt is kept while the policy says so."""
         own = {item.key for item in prompt}
-        for item in reversed(prompt):
-            if item.key in held:
-                policy.touch(item.key, now_s)
+        policy.use(prompt, now_s)
         for item in prompt:
             if item.key in held:
                 continue

@@ -9,7 +9,7 @@ victim is always a leaf: no held chunk has it as its parent. Keys must not form 
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable
+from collections.abc import Container, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -29,23 +29,24 @@ class Item:
 
 @runtime_checkable
 class EvictionPolicy(Protocol):
-    """What every policy must do. All calls take a few microseconds, amortised, however much is held.
+    """What every policy must do. Calls take a few microseconds a chunk, amortised, however much is held.
 
-    One use of a prompt is one call per chunk, all with the same `now_s`, in any order: `touch` for the chunks that are
-    held, `add` for those that were kept.
+    Order of calls: `use` with a prompt's chunks, then for those that are to be kept, first one first: `admit` where
+    there is no room, `victim` and `remove` until there is, `add`.
     """
 
+    def use(self, items: Sequence[Item], now_s: float) -> None:
+        """A prompt was used: its consecutive chunks that were asked for or are offered now, first one first, held or
+        not. Those that are held are worth more for it; of the others the policy may learn that they came back."""
+        ...
+
     def admit(self, item: Item, now_s: float, spare: Container[Hashable] = NOTHING) -> bool:
-        """Whether a chunk that is not held deserves the place of the next victim. Asked only when something would have
-        to go; a chunk refused here counts as seen. The caller refuses what comes after it in the prompt, too."""
+        """Whether a chunk of the prompt last used, not held, deserves the place of the next victim; False also if there
+        is no victim. After a refusal the caller keeps nothing of what follows in the prompt."""
         ...
 
     def add(self, item: Item, now_s: float) -> None:
-        """A chunk is held from now on. Of one that is held already: a use of it."""
-        ...
-
-    def touch(self, key: Hashable, now_s: float) -> None:
-        """A held chunk was used. Of one that is not held: nothing."""
+        """A chunk is held from now on. Of one that is held already: nothing."""
         ...
 
     def remove(self, key: Hashable) -> None:

@@ -13,9 +13,10 @@ class TestLRU(EvictionPolicyTests):
 
     def test_the_least_recently_used_goes_first(self) -> None:
         policy = LRUPolicy()
-        for i, name in enumerate("abc"):
-            policy.add(Item(name, None, 0, 1), float(i))
-        policy.touch("a", 3.0)
+        items = [Item(name, None, 0, 1) for name in "abc"]
+        for i, item in enumerate(items):
+            policy.add(item, float(i))
+        policy.use(items[:1], 3.0)
         assert policy.victim(4.0) == "b"
 
     def test_a_parent_waits_for_its_children_however_old_it_is(self) -> None:
@@ -28,6 +29,8 @@ class TestLRU(EvictionPolicyTests):
 
     def test_many_uses_do_not_grow_it(self) -> None:
         policy = LRUPolicy()
+        item = Item("a", None, 0, 1)
+        policy.add(item, 0.0)
         for i in range(10_000):
-            policy.add(Item("a", None, 0, 1), float(i))
+            policy.use([item], float(i))
         assert len(policy._leaves._heap) < 100
