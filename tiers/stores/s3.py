@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import boto3
+import botocore.awsrequest
 import botocore.config
 import botocore.exceptions
 import botocore.handlers
@@ -34,6 +35,7 @@ MAX_PUT_BYTES = 5 << 30
 _PAGE = 1000
 _SKIP_BYTES = 1 << 20
 _READ_BYTES = 1 << 20
+_TOGETHER_BYTES = 1 << 18
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)", re.ASCII)
 
 
@@ -288,13 +290,57 @@ def _clients(options: StoreOptions) -> tuple[Any, Any]:
     return made[0], made[1]
 
 
+class _Together:
+    """Mixed into a connection: a small request's header and body leave in one segment.
+
+    urllib3 sends them one after the other. A process killed between the two leaves a header whose connection ends
+    cleanly, and SeaweedFS stores an empty object for it.
+    """
+
+    _held: bytearray | None = None
+
+    def request(self, method: str, url: str, body: Any = None, headers: Any = None, *args: Any, **more: Any) -> None:
+        if isinstance(body, bytes | bytearray) and len(body) <= _TOGETHER_BYTES:
+            self._held = bytearray()
+        try:
+            super().request(method, url, body, headers, *args, **more)  # type: ignore[misc]
+            held = self._held
+        finally:
+            self._held = None
+        if held:
+            super().send(held)  # type: ignore[misc]
+
+    def send(self, data: Any) -> None:
+        if self._held is None:
+            super().send(data)  # type: ignore[misc]
+        else:
+            self._held += data
+
+
+class _Http(_Together, botocore.awsrequest.AWSHTTPConnection):
+    pass
+
+
+class _Https(_Together, botocore.awsrequest.AWSHTTPSConnection):
+    pass
+
+
+class _HttpPool(botocore.awsrequest.AWSHTTPConnectionPool):
+    ConnectionCls = _Http
+
+
+class _HttpsPool(botocore.awsrequest.AWSHTTPSConnectionPool):
+    ConnectionCls = _Https
+
+
 def _sending_bodies_at_once(client: Any) -> Any:
-    """Without `Expect: 100-continue`: it costs a round trip a PUT, and SeaweedFS stores an empty object when the
-    connection dies between header and body. A body of bytes then goes out together with its header."""
+    """Without `Expect: 100-continue`: it costs a round trip a PUT, and tears header and body apart."""
     client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
     client.meta.events.unregister(
         "before-parameter-build.s3.PutObject", botocore.handlers.convert_body_to_file_like_object
     )
+    # The dictionary is the one that the pool managers made later take their classes from.
+    client._endpoint.http_session._pool_classes_by_scheme.update(http=_HttpPool, https=_HttpsPool)
     return client
 
 
