@@ -203,7 +203,9 @@ class Storer:
             layers, heads = geometry.cell_layers(grid, shard), geometry.cell_heads(grid, shard)
             mine = kv[:, layers.start : layers.stop, :, heads.start : heads.stop]
             cells = [mine[:, :, i * n : (i + 1) * n] for i in range(part.first, part.first + part.n_chunks)]
-            upload = self._transfer.upload_shard(name, grid, shard, part.first * n, part.hashes, cells)
+            upload = self._transfer.upload_shard(
+                name, grid, shard, part.first * n, part.hashes, cells, parent=part.parent
+            )
             uploads.append(upload)
         work.handle.add_done_callback(lambda _: _cancel(uploads))
         return name, [upload.result() for upload in uploads]

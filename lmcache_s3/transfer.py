@@ -241,15 +241,17 @@ class Transfer:
         hashes: bytes,
         cells: Sequence[np.ndarray],
         *,
+        parent: bytes = b"",
         deadline_s: float | None = None,
     ) -> Handle[StoredShard]:
         """Encode the cells of one shard, PUT them as one object, keep them in the tiers.
 
         cells: one a chunk, `geometry.cell_shape(grid)`, storage dtype, any strides; not to be changed until the handle
-        is done, nor freed while it runs. hashes: 16 bytes each, of the extent's chunks. The handle ends with
+        is done, nor freed while it runs. hashes: 16 bytes each, of the extent's chunks; parent: of the chunk before
+        them, empty where it is not known (tiers then take the first for a prompt's beginning). The handle ends with
         `Unavailable` (full: no room in the budget, or the store's) or what else the store says. Raises `Invalid`.
         """
-        job = ShardJob(name, grid, shard, first_token, hashes, cells)
+        job = ShardJob(name, grid, shard, first_token, hashes, cells, parent)
         job.check(self.geometry, self.codec)
         upload = Upload(
             job,

@@ -181,6 +181,8 @@ class CellRef:
 
     (extent, shard, position) identifies its bytes for ever. offset and length: bytes within the shard object.
     checksum: XXH3-64 of the stored bytes.
+    prefix_hash: of its chunk; parent: of the chunk before that, empty where it is not known; first_token: tokens of the
+    prompt before its *extent*. From these a tier knows a cell's place in its prompt.
     """
 
     extent: ExtentName
@@ -190,6 +192,9 @@ class CellRef:
     offset: int
     length: int
     checksum: int
+    prefix_hash: bytes
+    parent: bytes
+    first_token: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +235,10 @@ class ExtentRecord:
 
     def chunk_hashes(self) -> Iterator[bytes]:
         for i in range(self.n_chunks):
-            yield self.hashes[HASH_BYTES * i : HASH_BYTES * (i + 1)]
+            yield self.chunk_hash(i)
+
+    def chunk_hash(self, position: int) -> bytes:
+        return self.hashes[HASH_BYTES * position : HASH_BYTES * (position + 1)]
 
     @property
     def encoded_bytes(self) -> int:
@@ -246,8 +254,13 @@ class ExtentRecord:
         sums = struct.unpack_from(f"<{n}Q", self.sums, 8 * n * shard)
         offset = sum(lengths[:start])
         out = []
+        parent = self.chunk_hash(start - 1) if start else self.parent
         for i in range(start, stop):
-            out.append(CellRef(self.name, self.grid, shard, i, offset, lengths[i], sums[i]))
+            own = self.chunk_hash(i)
+            out.append(
+                CellRef(self.name, self.grid, shard, i, offset, lengths[i], sums[i], own, parent, self.first_token)
+            )
+            parent = own
             offset += lengths[i]
         return out
 

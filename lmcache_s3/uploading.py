@@ -45,6 +45,8 @@ class ShardJob:
     first_token: int
     hashes: bytes
     cells: Sequence[np.ndarray]
+    parent: bytes = b""
+    """Prefix hash of the chunk before the first; empty: not known."""
 
     def check(self, geometry: Geometry, codec: KVCodec) -> None:
         """Raises `Invalid` if the parts do not fit together."""
@@ -167,7 +169,12 @@ class Upload:
     def _refs(self, lengths: Sequence[int]) -> list[CellRef]:
         refs = []
         offset = 0
+        job, parent = self.job, self.job.parent
         for i, length in enumerate(lengths):
-            refs.append(CellRef(self.job.name, self.job.grid, self.job.shard, i, offset, length, self._sums[i]))
+            own = job.hashes[HASH_BYTES * i : HASH_BYTES * (i + 1)]
+            refs.append(
+                CellRef(job.name, job.grid, job.shard, i, offset, length, self._sums[i], own, parent, job.first_token)
+            )
+            parent = own
             offset += length
         return refs

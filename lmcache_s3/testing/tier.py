@@ -14,6 +14,7 @@ import random
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -37,11 +38,11 @@ def make_cells(rng: random.Random, lengths: Sequence[int], *, shard: int = 0, gr
     n = len(lengths)
     name = ExtentName(rng.randbytes(16), n, "fast", rng.randrange(100), rng.randbytes(16).hex())
     out: Cells = []
-    offset = 0
+    offset, parent = 0, bytes(16)
     for i, length in enumerate(lengths):
-        data = rng.randbytes(length)
-        out.append((CellRef(name, grid, shard, i, offset, length, xxh3(data)), data))
-        offset += length
+        data, own = rng.randbytes(length), name.last_hash if i == n - 1 else rng.randbytes(16)
+        out.append((CellRef(name, grid, shard, i, offset, length, xxh3(data), own, parent, 0), data))
+        offset, parent = offset + length, own
     return out
 
 
@@ -108,7 +109,7 @@ class TierTests:
         a = make_cells(rng, [50, 60], grid=grid)
         shard1 = make_cells(rng, [50, 60], grid=grid)
         b = [
-            (CellRef(a[i][0].extent, grid, 1, i, ref.offset, ref.length, ref.checksum), data)
+            (replace(a[i][0], shard=1, offset=ref.offset, length=ref.length, checksum=ref.checksum), data)
             for i, (ref, data) in enumerate(shard1)
         ]
         c = make_cells(rng, [50, 60])
