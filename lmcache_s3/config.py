@@ -170,6 +170,14 @@ class Settings(BaseSettings):
         "Most host memory for KV on its way in or out, and a quarter more that is kept for the next reads; where it "
         "does not suffice, stores are dropped first.",
     )
+    prefetch: Literal["off", "queued", "next_turn"] = fields.field(
+        "queued",
+        "What is brought from the bucket into the nearest of host and disk tier before the engine asks: `queued`, KV of "
+        "requests that wait in its queue (a GET that would come anyway, unless the request is given up); `next_turn`, "
+        "also that of prompts just answered, which costs GETs for chats that never come back.",
+        what="off, queued or next_turn",
+        mend="write for example queued",
+    )
     io_threads: Count = fields.field(
         8,
         "Threads for requests and coding, in each process. More hide the store's latency and cost the engine CPU.",

@@ -171,9 +171,17 @@ class Transfer:
         return handle
 
     def prefetch(
-        self, chunks: Sequence[ChunkRef], tier: str = "host", *, deadline_s: float | None = None
+        self,
+        chunks: Sequence[ChunkRef],
+        tier: str = "host",
+        *,
+        layers: range | None = None,
+        heads: range | None = None,
+        deadline_s: float | None = None,
     ) -> Handle[LoadReport]:
         """Bring chunks into a tier (and those between it and where they are); done when they are there.
+
+        `layers`, `heads`: as for `load`; cells that hold any of them are brought.
 
         Raises `Invalid` if there is no such tier.
         """
@@ -185,9 +193,10 @@ class Transfer:
         def keep(cells: Sequence[CellRef], data: Sequence[Buffer], level: int) -> None:
             self._keep(cells, data, range(target, level))
 
-        all_layers, all_heads = range(self.geometry.layers), range(self.geometry.heads)
+        want_layers = range(self.geometry.layers) if layers is None else layers
+        want_heads = range(self.geometry.heads) if heads is None else heads
         self.metrics.add("prefetches")
-        return self._start_load(chunks, None, all_layers, all_heads, deadline_s, keep)
+        return self._start_load(chunks, None, want_layers, want_heads, deadline_s, keep)
 
     def _start_load(
         self,

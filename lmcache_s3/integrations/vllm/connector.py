@@ -189,6 +189,11 @@ class LMCacheS3Connector(KVConnectorBase_V1, SupportsHMA):
 
     # ---- scheduler -------------------------------------------------------------------------------------------------
 
+    @_guarded(lambda self: None)
+    def on_new_request(self, request: Request) -> None:
+        if self._scheduler is not None:
+            self._scheduler.arrived(request)
+
     @_guarded(lambda self: (0, False))
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         tokens = self._scheduler.match(request, num_computed_tokens) if self._scheduler is not None else 0

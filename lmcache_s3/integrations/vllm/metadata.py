@@ -50,6 +50,14 @@ class UploadOrder:
     hashes: bytes
 
 
+@dataclass(frozen=True)
+class PrefetchOrder:
+    """Bring chunks from the bucket into the nearest tier; a load for the same request takes its place."""
+
+    request_id: str
+    chunks: tuple[ChunkRef, ...]
+
+
 @dataclass
 class StepOrders(KVConnectorMetadata):
     """One step's orders. `fail`: requests whose load cannot be ordered; workers report them failed at once.
@@ -60,6 +68,7 @@ class StepOrders(KVConnectorMetadata):
     space_id: str | None = None
     calibration: str | None = None
     loads: list[LoadOrder] = field(default_factory=list)
+    prefetches: list[PrefetchOrder] = field(default_factory=list)
     gathers: list[GatherOrder] = field(default_factory=list)
     uploads: list[UploadOrder] = field(default_factory=list)
     discard: list[str] = field(default_factory=list)

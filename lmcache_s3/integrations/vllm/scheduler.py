@@ -19,9 +19,17 @@ from lmcache_s3.codecs.base import KVCodec
 from lmcache_s3.errors import LMCacheS3Error
 from lmcache_s3.identity import PrefixHasher, root_hash
 from lmcache_s3.index.service import Verdict
-from lmcache_s3.integrations.vllm.metadata import GatherOrder, LoadOrder, StepOrders, UploadOrder, WorkerReport
+from lmcache_s3.integrations.vllm.metadata import (
+    GatherOrder,
+    LoadOrder,
+    PrefetchOrder,
+    StepOrders,
+    UploadOrder,
+    WorkerReport,
+)
 from lmcache_s3.integrations.vllm.model import ModelFacts
 from lmcache_s3.integrations.vllm.opening import OpenCache, Opening
+from lmcache_s3.integrations.vllm.prefetching import Queue
 from lmcache_s3.integrations.vllm.requests import extra_keys, uncacheable
 from lmcache_s3.integrations.vllm.stats import Counters
 from lmcache_s3.types import HASH_BYTES, ChunkRef, ExtentName, Grid
@@ -110,6 +118,7 @@ class SchedulerRole:
         self._staging_number = 0
         self._pause_s, self._paused_until_s = _PAUSE_FIRST_S, 0.0
         self._off = False
+        self._queue = Queue()
 
     # ---- matching --------------------------------------------------------------------------------------------------
 
@@ -142,6 +151,11 @@ class SchedulerRole:
             tracked.hasher.extend(tracked.request.all_token_ids[hashed:confirmed_tokens])
         return tracked.hasher.hashes[: confirmed_tokens // self._settings.chunk_tokens]
 
+    def arrived(self, request: Request) -> None:
+        """A new request; it may wait in the engine's queue before it is matched."""
+        if self._settings.prefetch != "off" and not self._off:
+            self._queue.arrived(request)
+
     def match(self, request: Request, computed_tokens: int) -> int:
         """Tokens beyond `computed_tokens` that can be loaded: a look-up in memory."""
         cache = self._ready() if not self._off else None
@@ -158,6 +172,7 @@ class SchedulerRole:
         """Blocks for `external_tokens` loaded tokens are there: order the load with the next step."""
         if external_tokens == 0:
             return
+        self._queue.left(request.request_id)
         tracked, cache = self._tracked.get(request.request_id), self._cache
         if tracked is None or cache is None:
             self._orders.fail.append(request.request_id)
@@ -199,13 +214,25 @@ class SchedulerRole:
             return
         orders.space_id, orders.calibration = cache.space.id, cache.calibration
         for new in output.scheduled_new_reqs:
+            self._queue.left(new.req_id)
             self._progress(orders, new.req_id, new.block_ids[0], True, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs
         for i, request_id in enumerate(cached.req_ids):
             ids = cached.new_block_ids[i]
             resumed = request_id in cached.resumed_req_ids
             self._progress(orders, request_id, ids[0] if ids else [], resumed, cached.num_computed_tokens[i], output)
+        for request in self._queue.step():
+            self._prefetch(orders, request, cache)
         self._expire()
+
+    def _prefetch(self, orders: StepOrders, request: Request, cache: OpenCache) -> None:
+        tracked = self._track(request, cache)
+        if tracked is None or not tracked.may_match or self._clock() < self._paused_until_s:
+            return
+        chunks = tuple(cache.index.match(self._hashes(tracked, request.num_tokens)))
+        if chunks:
+            orders.prefetches.append(PrefetchOrder(request.request_id, chunks))
+            self.counters.add(prefetched_requests=1)
 
     def _progress(
         self, orders: StepOrders, request_id: str, ids: list[int], fresh: bool, computed: int, output: SchedulerOutput
@@ -275,10 +302,22 @@ class SchedulerRole:
 
     def finished(self, request: Request) -> None:
         """The request ended, well or not: what it has gathered is stored with the next step."""
+        self._queue.left(request.request_id)
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is not None:
             self._unpin(tracked)
             self._close(self._orders, tracked)
+            self._prefetch_next_turn(tracked)
+
+    def _prefetch_next_turn(self, tracked: _Tracked) -> None:
+        """Its next turn begins with the same tokens. What the engine had in its own cache never came through our tiers,
+        and would have to come from the bucket once the engine has dropped it."""
+        cache = self._cache
+        if self._settings.prefetch != "next_turn" or cache is None or not tracked.may_match:
+            return
+        chunks = tuple(cache.index.match(tracked.hasher.hashes))
+        if chunks:
+            self._orders.prefetches.append(PrefetchOrder(tracked.request.request_id, chunks))
 
     def _unpin(self, tracked: _Tracked) -> None:
         if tracked.pins is not None:
@@ -401,6 +440,7 @@ class SchedulerRole:
             if tracked.growing is not None:
                 self._orders.discard.append(tracked.growing.staging)
         self._tracked.clear()
+        self._queue.clear()
 
     def reset(self) -> None:
         """The engine's weights may have changed, in its memory and not in the files that we know them by."""

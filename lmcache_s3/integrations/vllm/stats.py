@@ -22,6 +22,8 @@ HELP = {
     "lookup_requests": "store requests that look-ups made and so waited for; anything but 0 is a defect",
     "matched_requests": "requests with a match in the index",
     "matched_tokens": "tokens found in the index beyond the engine's own cache",
+    "prefetched_requests": "requests whose KV was brought nearer while they waited in the engine's queue",
+    "dropped_prefetches": "prefetches left out because too many were under way",
     "loaded_requests": "requests whose load ended whole",
     "loaded_tokens": "tokens loaded into the engine",
     "failed_loads": "requests whose load failed and were computed instead",

@@ -31,6 +31,7 @@ from lmcache_s3.integrations.vllm.metadata import (
     FailedPart,
     GatherOrder,
     LoadOrder,
+    PrefetchOrder,
     StepOrders,
     StoredPart,
     UploadOrder,
@@ -54,6 +55,9 @@ logger = logging.getLogger("lmcache_s3.vllm")
 
 _MOST_ENGINES = 16
 """Engines on one host that may have their part of one `disk_path`."""
+
+_PREFETCH_SHARE = 0.25
+"""Prefetches under way may be worth this part of the tier they go to: more would evict each other."""
 
 
 @dataclass
@@ -107,6 +111,7 @@ class WorkerRole:
         self._blocks: EngineBlocks | None = None
         self._loads: dict[str, tuple[LoadOrder, Handle[LoadReport]]] = {}
         self._failed_at_once: set[str] = set()
+        self._prefetches: dict[str, Handle[LoadReport]] = {}
         self._staging: dict[str, _Staged] = {}
         self._staged_bytes = 0
         self._lock = threading.Lock()
@@ -168,6 +173,26 @@ class WorkerRole:
             except LMCacheS3Error as error:
                 self._note_failure(order, [(0, order.chunks[0].extent.name, error)])
                 self._failed_at_once.add(order.request_id)
+        for prefetch in orders.prefetches:
+            self._start_prefetch(prefetch, orders.space_id)
+
+    def _start_prefetch(self, order: PrefetchOrder, space_id: str | None) -> None:
+        """Bring chunks into the host tier, else the disk's, unless there is none or too much is on its way to it."""
+        blocks = self._blocks
+        if blocks is None or space_id is None:
+            return
+        transfer = self._transfer_for(space_id)
+        tier = next((one for one in transfer.stack.tiers if one.name in ("host", "disk")), None)
+        if tier is None or tier.budget_bytes is None:
+            return
+        self._prefetches = {one: handle for one, handle in self._prefetches.items() if not handle.done()}
+        running_bytes = sum(handle.total_bytes for handle in self._prefetches.values())
+        if running_bytes > tier.budget_bytes * _PREFETCH_SHARE:
+            self.counters.add(dropped_prefetches=1)
+            return
+        self._prefetches[order.request_id] = transfer.prefetch(
+            order.chunks, tier.name, layers=blocks.layers, heads=blocks.heads, deadline_s=self._settings.load_deadline_s
+        )
 
     def fail_loads(self, orders: StepOrders) -> None:
         """Report all of this step's loads failed that did not begin."""
@@ -178,6 +203,9 @@ class WorkerRole:
         if blocks is None or space_id is None:
             self._failed_at_once.add(order.request_id)
             return
+        prefetch = self._prefetches.pop(order.request_id, None)
+        if prefetch is not None:  # what it has brought stays; the load must not wait for the rest
+            prefetch.cancel()
         chunk_tokens = self._geometry.chunk_tokens
         begun = blocks.mark()
 
