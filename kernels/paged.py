@@ -138,6 +138,64 @@ def _scatter(flat: Any, bases: Any, head_stride: int, offsets: Any, steps: Any, 
                                 flat[place + d * steps[s, 2]] = cell[s, i, first + n, h, d]
 
 
+def _copy_runs(
+    target: Any, source: Any, bases: Any, head_stride: int, steps: Any, strides: Any, shape: Any, run: int, back: bool
+) -> None:
+    """Runs of `run` elements between engine memory and a cell, both flat; strides: the cell's. back: engine → cell."""
+    heads, slots = shape
+    for i in range(bases.shape[0]):
+        for b in range(bases.shape[1]):
+            for s in range(steps.shape[0]):
+                for n in range(slots):
+                    here = bases[i, b] + steps[s, 0] + n * steps[s, 1]
+                    there = s * strides[0] + i * strides[1] + (b * slots + n) * strides[2]
+                    for h in range(heads):
+                        # Unsigned, so that no index needs a look at its sign: else nothing is vectorised.
+                        p, q = np.uint64(here + h * head_stride), np.uint64(there + h * strides[3])
+                        if back:
+                            p, q = q, p
+                        for d in range(np.uint64(run)):
+                            target[p + d] = source[q + d]
+
+
+@cache
+def _compiled_runs(dtype: str) -> Callable[..., None]:
+    element = numba.from_dtype(np.dtype(dtype))
+    array, numbers = numba.types.Array, numba.types.int64
+    bases, steps = array(numbers, 2, "C", readonly=True), array(numbers, 2, "C", readonly=True)
+    signature = numba.types.void(
+        array(element, 1, "C"),
+        array(element, 1, "C", readonly=True),
+        bases,
+        numbers,
+        steps,
+        array(numbers, 1, "C", readonly=True),
+        numba.types.UniTuple(numbers, 2),
+        numbers,
+        numba.types.boolean,
+    )
+    return kernel(_copy_runs, signature)
+
+
+def _in_runs(where: HostLayers, bases: np.ndarray, cell: np.ndarray, *, back: bool) -> bool:
+    """Copy by runs of channels where both sides keep a token's channels side by side: several times as fast. Whether it
+    was done."""
+    item = cell.dtype.itemsize
+    if not len(where.steps) or (where.steps[:, 2] != 1).any() or cell.strides[4] != item or min(cell.strides) < 0:
+        return False
+    strides = np.array(cell.strides, np.int64)
+    if cell.size == 0 or (strides % item).any():
+        return cell.size == 0
+    strides //= item
+    span = 1 + int(((np.array(cell.shape) - 1) * strides).sum())
+    flat = np.lib.stride_tricks.as_strided(cell, (span,), (item,), writeable=back)
+    target, source = (flat, where.flat) if back else (where.flat, flat)
+    slots = where.offsets.shape[1]
+    run = _compiled_runs(where.flat.dtype.name)
+    run(target, source, bases, where.head_stride, where.steps, strides, (cell.shape[3], slots), cell.shape[4], back)
+    return True
+
+
 @cache
 def _compiled(dtype: str) -> tuple[Callable[..., None], Callable[..., None]]:
     """(gather, scatter) for one unsigned type: compiled now and once, for cells of any strides, writeable or not.
@@ -182,6 +240,8 @@ def gather(where: HostLayers, layers: range, block_ids: np.ndarray, first_head: 
     layers: which of the engine's; heads first_head … as many as `out` has.
     """
     bases = _bases(where, layers, block_ids, first_head, out)
+    if _in_runs(where, bases, out, back=True):
+        return
     run, _ = _compiled(where.flat.dtype.name)
     run(where.flat, bases, where.head_stride, where.offsets, where.steps, out)
 
@@ -189,6 +249,8 @@ def gather(where: HostLayers, layers: range, block_ids: np.ndarray, first_head: 
 def scatter(where: HostLayers, layers: range, block_ids: np.ndarray, first_head: int, cell: np.ndarray) -> None:
     """`cell` [kv, layer, token, head, channel] → engine blocks; the other way round."""
     bases = _bases(where, layers, block_ids, first_head, cell)
+    if _in_runs(where, bases, cell, back=False):
+        return
     _, run = _compiled(where.flat.dtype.name)
     run(where.flat, bases, where.head_stride, where.offsets, where.steps, cell)
 

@@ -84,7 +84,8 @@ def test_numba_and_torch_do_what_the_reference_does(case: Case) -> None:
     whole = paged.gather_torch(torch.from_numpy(views[-1].astype(np.int32)), block_ids, index).numpy()
     assert np.array_equal(whole[:, :, first : first + case.heads], want[:, -1])
 
-    cell = case.rng.integers(0, 200, size=shape).astype(dtype)
+    whole_cell = case.rng.integers(0, 200, size=(*shape[:3], case.heads + 2, dim)).astype(dtype)
+    cell = whole_cell[:, :, :, 1:-1]  # as other ranks' heads are cut off
     cell.flags.writeable = False
     expect = [view.copy() for view in views]
     for i in every[1:]:  # all but the first, which must stay as it is
