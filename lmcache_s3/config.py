@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lmcache_s3.codecs.base import JSON, KVCodec
     from lmcache_s3.index.gc import GcSettings
     from lmcache_s3.index.service import IndexSettings
+    from lmcache_s3.resting import RestingTier
     from lmcache_s3.tiers.base import Tier
     from lmcache_s3.tiers.stores.open import StoreOptions
     from lmcache_s3.transfer import TransferSettings
@@ -172,11 +173,24 @@ class Settings(BaseSettings):
     )
     prefetch: Literal["off", "queued", "next_turn"] = fields.field(
         "queued",
-        "What is brought from the bucket into the nearest of host and disk tier before the engine asks: `queued`, KV of "
-        "requests that wait in its queue (a GET that would come anyway, unless the request is given up); `next_turn`, "
-        "also that of prompts just answered, which costs GETs for chats that never come back.",
+        "What is brought from the bucket into the nearest of host and disk tier before the engine asks: `queued`, KV "
+        "of requests that wait in its queue (a GET that would come anyway, unless the request is given up); "
+        "`next_turn`, also that of prompts just answered, which costs GETs for chats that never come back.",
         what="off, queued or next_turn",
         mend="write for example queued",
+    )
+    write_behind_s: Number = fields.field(
+        0.0,
+        "How long chunks of a growing prompt may rest in host memory, so that a chat's turns go up as one extent: "
+        "saves PUTs (3 an extent), costs the other engines that long until they see them, and a crash what rests. An "
+        "idle engine uploads at once. 0: nothing rests.",
+        what="a number of seconds, 0 or more",
+        mend="write for example 60",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    write_behind_bytes: Size = fields.size(
+        "1GiB", "Most host memory for chunks that rest, in each engine process; beyond it the oldest go up at once."
     )
     io_threads: Count = fields.field(
         8,
@@ -357,6 +371,12 @@ class Settings(BaseSettings):
             load_deadline_s=self.load_deadline_s,
             store_deadline_s=self.store_deadline_s,
         )
+
+    def make_resting(self) -> RestingTier | None:
+        """Where chunks rest before they are uploaded; None if nothing may rest."""
+        from lmcache_s3.resting import RestingTier
+
+        return RestingTier(self.write_behind_bytes) if self.write_behind_s > 0 else None
 
     def make_tiers(self, space_id: str, owner: str) -> list[Tier]:
         """The tiers in front of the bucket, fast → slow, as budgeted.

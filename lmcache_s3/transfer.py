@@ -25,6 +25,8 @@ from lmcache_s3.extent import shard_index
 from lmcache_s3.handle import Deadlines, Handle, Work
 from lmcache_s3.loading import Codecs, Load, LoadReport, Sink, make_plan
 from lmcache_s3.metrics import Metrics
+from lmcache_s3.rested_upload import RestedUpload
+from lmcache_s3.resting import RestingTier
 from lmcache_s3.tier_stack import TierStack
 from lmcache_s3.tiers.base import Tier, TierStats
 from lmcache_s3.tiers.object import ObjectTier
@@ -103,7 +105,8 @@ class Transfer:
     """Moves cells between callers, tiers and the bucket. Thread-safe; nothing here blocks its caller on I/O.
 
     tiers: fast → slow, without the object tier; closed with the transfer. The store stays its opener's.
-    on_thread_start: called by each of its threads first.
+    on_thread_start: called by each of its threads first. resting: where cells rest before they are uploaded; None:
+    nothing may rest.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class Transfer:
         settings: TransferSettings = TransferSettings(),
         metrics: Metrics | None = None,
         on_thread_start: Callable[[], None] | None = None,
+        resting: RestingTier | None = None,
     ) -> None:
         self.geometry = geometry
         self.codec = codec
@@ -125,7 +129,9 @@ class Transfer:
         self.budget = ByteBudget(settings.staging_bytes)
         self._waiting = ByteBudget(max(1, int(settings.staging_bytes * WAITING_SHARE)))
         keep_bytes = int(settings.staging_bytes * KEEP_SHARE)
-        self.stack = TierStack(tiers, ObjectTier(store, space_id, shard_index, keep_buffers_bytes=keep_bytes))
+        self._resting = resting
+        in_front = tiers if resting is None else (resting, *tiers)
+        self.stack = TierStack(in_front, ObjectTier(store, space_id, shard_index, keep_buffers_bytes=keep_bytes))
         self._codecs = Codecs(codec)
         self._calibrations = attached(store)
         check_staging(settings.staging_bytes, geometry, codec)
@@ -252,6 +258,7 @@ class Transfer:
         *,
         parent: bytes = b"",
         deadline_s: float | None = None,
+        rest: bool = False,
     ) -> Handle[StoredShard]:
         """Encode the cells of one shard, PUT them as one object, keep them in the tiers.
 
@@ -259,6 +266,7 @@ class Transfer:
         is done, nor freed while it runs. hashes: 16 bytes each, of the extent's chunks; parent: of the chunk before
         them, empty where it is not known (tiers then take the first for a prompt's beginning). The handle ends with
         `Unavailable` (full: no room in the budget, or the store's) or what else the store says. Raises `Invalid`.
+        rest: put nothing yet; the cells rest, and can be loaded by the extent's name, until `upload_rested`.
         """
         job = ShardJob(name, grid, shard, first_token, hashes, cells, parent)
         job.check(self.geometry, self.codec)
@@ -270,7 +278,8 @@ class Transfer:
             close_shard=shard_index,
             budget=self.budget,
             share=STORE_SHARE,
-            on_stored=lambda cells, data: self._keep(cells, data, range(len(self.stack.tiers))),
+            on_stored=self._keep_everywhere,
+            rest_in=self._resting_tier() if rest else None,
         )
         upload.work.handle.add_done_callback(self._count_upload)
         self.watch(upload.work, self.settings.store_deadline_s if deadline_s is None else deadline_s)
@@ -278,6 +287,46 @@ class Transfer:
             # Also when the first cells have failed already: the last to run gives the memory back.
             self._step(self._stores, functools.partial(upload.run, i), upload.work)
         return upload.work.handle
+
+    def upload_rested(
+        self,
+        name: ExtentName,
+        grid: Grid,
+        shard: int,
+        first_token: int,
+        chunks: Sequence[ChunkRef],
+        *,
+        deadline_s: float | None = None,
+    ) -> Handle[StoredShard]:
+        """PUT one shard of an extent made of cells that rest, and keep them in the tiers. They rest on until
+        `forget_rested`. chunks: by the names they rest under. Raises `Invalid`."""
+        upload = RestedUpload(
+            name,
+            grid,
+            shard,
+            first_token,
+            chunks,
+            resting=self._resting_tier(),
+            bucket=self.stack.bucket,
+            close_shard=shard_index,
+            budget=self.budget,
+            share=STORE_SHARE,
+            on_stored=self._keep_everywhere,
+        )
+        upload.work.handle.add_done_callback(self._count_upload)
+        self.watch(upload.work, self.settings.store_deadline_s if deadline_s is None else deadline_s)
+        self._step(self._stores, upload.run, upload.work)
+        return upload.work.handle
+
+    def forget_rested(self, names: Sequence[ExtentName]) -> None:
+        """Let go of cells that rest under these names."""
+        if names:
+            self._resting_tier().forget(names)
+
+    def _resting_tier(self) -> RestingTier:
+        if self._resting is None:
+            raise Invalid("nothing can rest: write_behind_s is 0", kind="setting", key="write_behind_s")
+        return self._resting
 
     def _count_upload(self, handle: Handle[StoredShard]) -> None:
         error = handle.error()
@@ -305,6 +354,9 @@ class Transfer:
 
         if not promotions.add(keep, n_bytes):
             self.budget.give_back(n_bytes)
+
+    def _keep_everywhere(self, cells: Sequence[CellRef], data: Sequence[Buffer]) -> None:
+        self._keep(cells, data, range(len(self.stack.tiers)))
 
     def _keep(self, cells: Sequence[CellRef], data: Sequence[Buffer], levels: range) -> None:
         for level in levels:

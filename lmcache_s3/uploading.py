@@ -18,6 +18,7 @@ from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.checksum import xxh3
 from lmcache_s3.errors import Invalid, LMCacheS3Error
 from lmcache_s3.handle import Work
+from lmcache_s3.resting import RestingTier
 from lmcache_s3.tiers.object import ObjectTier, join_shard
 from lmcache_s3.types import HASH_BYTES, Buffer, CellRef, ExtentName, Geometry, Grid
 
@@ -33,6 +34,11 @@ class StoredShard:
     lengths: bytes
     sums: bytes
     n_bytes: int
+
+
+def stored_shard(lengths: Sequence[int], sums: Sequence[int], n_bytes: int) -> StoredShard:
+    n = len(lengths)
+    return StoredShard(struct.pack(f"<{n}I", *lengths), struct.pack(f"<{n}Q", *sums), n_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,8 @@ class Upload:
     """The state of one upload. Thread-safe.
 
     share: part of the budget that uploads may use. on_stored: told of the stored cells (their bytes are views of the
-    object), to keep them in faster tiers; on the store thread, after the work has ended.
+    object), to keep them in faster tiers; on the store thread, after the work has ended. rest_in: keep the cells there
+    instead of putting them, to be uploaded later (`rested_upload.py`).
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class Upload:
         budget: ByteBudget,
         share: float,
         on_stored: Callable[[Sequence[CellRef], Sequence[Buffer]], None],
+        rest_in: RestingTier | None = None,
     ) -> None:
         self.job = job
         self._geometry = geometry
@@ -102,6 +110,7 @@ class Upload:
         self._budget = budget
         self._share = share
         self._on_stored = on_stored
+        self._rest_in = rest_in
         self._spec = CellSpec.of(geometry, job.grid)
         self._lock = threading.Lock()
         self._encoded: list[Buffer] = [b""] * len(job.cells)
@@ -158,11 +167,14 @@ class Upload:
     def _put(self) -> None:
         lengths = [len(data) for data in self._encoded]
         cells = self._refs(lengths)
+        if self._rest_in is not None:
+            self._rest_in.rest(list(zip(cells, self._encoded, strict=True)))
+            if not self.work.finish(stored_shard(lengths, self._sums, sum(lengths))):
+                self._rest_in.forget([self.job.name])
+            return
         body = join_shard(self._encoded, self._close_shard(lengths))
         self._bucket.put_shard(cells[0], body)
-        n = len(cells)
-        stored = StoredShard(struct.pack(f"<{n}I", *lengths), struct.pack(f"<{n}Q", *self._sums), len(body))
-        if self.work.finish(stored):
+        if self.work.finish(stored_shard(lengths, self._sums, len(body))):
             view = memoryview(body).toreadonly()
             self._on_stored(cells, [view[cell.offset : cell.offset + cell.length] for cell in cells])
 

@@ -183,10 +183,14 @@ class Engine:
     def settle(self) -> None:
         """Until everything ordered is stored and committed, or given up."""
         end = time.monotonic() + 20
-        while (self.scheduler.busy() or self.scheduler._publishing) and time.monotonic() < end:
+        while (self.scheduler.busy() or self.publishing()) and time.monotonic() < end:
             self.step([], {})
             time.sleep(0.01)
         assert not self.scheduler.busy()
+
+    def publishing(self) -> int:
+        extents = self.scheduler._extents
+        return 0 if extents is None else extents.counts()["publishing"]
 
     def close(self) -> None:
         for worker in self.workers:

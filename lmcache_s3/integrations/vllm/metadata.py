@@ -41,13 +41,28 @@ class GatherOrder:
 
 @dataclass(frozen=True)
 class UploadOrder:
-    """All chunks of an extent are gathered: encode and upload."""
+    """All chunks of an extent are gathered: encode and upload, or with `to_rest` keep the cells for a `RestedOrder`.
+
+    parent: prefix hash of the chunk before the first.
+    """
 
     staging: str
     name: ExtentName
     grid: Grid
     first_token: int
     hashes: bytes
+    parent: bytes
+    to_rest: bool
+
+
+@dataclass(frozen=True)
+class RestedOrder:
+    """Upload an extent made of chunks that rest, named as they rest."""
+
+    name: ExtentName
+    grid: Grid
+    first_token: int
+    chunks: tuple[ChunkRef, ...]
 
 
 @dataclass(frozen=True)
@@ -60,7 +75,8 @@ class PrefetchOrder:
 
 @dataclass
 class StepOrders(KVConnectorMetadata):
-    """One step's orders. `fail`: requests whose load cannot be ordered; workers report them failed at once.
+    """One step's orders. `fail`: requests whose load cannot be ordered; workers report them failed at once. `forget`:
+    extents whose cells need not rest any more.
 
     calibration: digest of the one to store with, where the codec needs one.
     """
@@ -71,6 +87,8 @@ class StepOrders(KVConnectorMetadata):
     prefetches: list[PrefetchOrder] = field(default_factory=list)
     gathers: list[GatherOrder] = field(default_factory=list)
     uploads: list[UploadOrder] = field(default_factory=list)
+    rested: list[RestedOrder] = field(default_factory=list)
+    forget: list[ExtentName] = field(default_factory=list)
     discard: list[str] = field(default_factory=list)
     fail: list[str] = field(default_factory=list)
 

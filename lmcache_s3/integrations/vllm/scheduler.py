@@ -11,20 +11,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lmcache_s3.codecs.base import KVCodec
-from lmcache_s3.errors import LMCacheS3Error
 from lmcache_s3.identity import PrefixHasher, root_hash
-from lmcache_s3.index.service import Verdict
+from lmcache_s3.integrations.vllm.extents import Extents
 from lmcache_s3.integrations.vllm.metadata import (
     GatherOrder,
     LoadOrder,
     PrefetchOrder,
     StepOrders,
-    UploadOrder,
     WorkerReport,
 )
 from lmcache_s3.integrations.vllm.model import ModelFacts
@@ -32,8 +30,7 @@ from lmcache_s3.integrations.vllm.opening import OpenCache, Opening
 from lmcache_s3.integrations.vllm.prefetching import Queue
 from lmcache_s3.integrations.vllm.requests import extra_keys, uncacheable
 from lmcache_s3.integrations.vllm.stats import Counters
-from lmcache_s3.types import HASH_BYTES, ChunkRef, ExtentName, Grid
-from lmcache_s3.uploading import StoredShard
+from lmcache_s3.types import HASH_BYTES, ChunkRef, ExtentName
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -72,20 +69,7 @@ class _Tracked:
     may_match: bool = True
     loading: frozenset[ExtentName] = frozenset()
     """Extents of the load ordered last; `pins` holds them until it ends."""
-    pins: Any = None
-
-
-@dataclass
-class _Uploading:
-    """An extent the workers are storing; shards arrive across steps."""
-
-    name: ExtentName
-    grid: Grid
-    parent: bytes
-    first_token: int
-    hashes: bytes
-    deadline_s: float
-    shards: dict[int, StoredShard] = field(default_factory=dict)
+    pins: ExitStack | None = None
 
 
 class SchedulerRole:
@@ -103,22 +87,39 @@ class SchedulerRole:
         self._facts, self._settings, self._codec, self._clock = facts, settings, codec, clock
         self._opening = opening
         self._cache: OpenCache | None = None
-        self._grid = None if settings.read_only else facts.grid(settings)
-        if self._grid is None and not settings.read_only:
-            logger.warning(
-                "layers or KV heads do not divide evenly over the ranks: this engine loads but stores nothing"
-            )
-        self._extent_chunks = max(1, settings.extent_bytes // facts.group_chunk_bytes(settings.chunk_tokens))
         self.counters = Counters("scheduler")
+        self._extents = self._make_extents()
         self._tracked: dict[str, _Tracked] = {}
         self._orders = StepOrders()
-        self._uploading: dict[str, _Uploading] = {}
-        self._publishing: dict[str, Future[Verdict]] = {}
-        self._pending: set[bytes] = set()
         self._staging_number = 0
         self._pause_s, self._paused_until_s = _PAUSE_FIRST_S, 0.0
         self._off = False
         self._queue = Queue()
+
+    def _make_extents(self) -> Extents | None:
+        """None where nothing is stored."""
+        facts, settings = self._facts, self._settings
+        if settings.read_only:
+            return None
+        grid = facts.grid(settings)
+        if grid is None:
+            logger.warning(
+                "layers or KV heads do not divide evenly over the ranks: this engine loads but stores nothing"
+            )
+            return None
+        return Extents(
+            facts,
+            self._codec,
+            grid,
+            self.counters,
+            chunk_tokens=settings.chunk_tokens,
+            extent_chunks=max(1, settings.extent_bytes // facts.group_chunk_bytes(settings.chunk_tokens)),
+            store_deadline_s=settings.store_deadline_s,
+            write_behind_s=settings.write_behind_s,
+            write_behind_bytes=settings.write_behind_bytes,
+            clock=self._clock,
+            on_settled=self.write_stats,
+        )
 
     # ---- matching --------------------------------------------------------------------------------------------------
 
@@ -163,10 +164,13 @@ class SchedulerRole:
         if cache is None or tracked is None or not tracked.may_match or self._clock() < self._paused_until_s:
             return 0
         before = cache.store.requests_by_this_thread()
-        tracked.match = cache.index.match(self._hashes(tracked, request.num_tokens))
+        tracked.match = self._match(cache, self._hashes(tracked, request.num_tokens))
         tracked.local_tokens = computed_tokens
         self.counters.add(lookups=1, lookup_requests=cache.store.requests_by_this_thread() - before)
         return max(0, len(tracked.match) * self._settings.chunk_tokens - computed_tokens)
+
+    def _match(self, cache: OpenCache, hashes: Sequence[bytes]) -> Sequence[ChunkRef]:
+        return cache.index.match(hashes) if self._extents is None else self._extents.match(cache, hashes)
 
     def allocated(self, request: Request, blocks: KVCacheBlocks, external_tokens: int) -> None:
         """Blocks for `external_tokens` loaded tokens are there: order the load with the next step."""
@@ -187,8 +191,10 @@ class SchedulerRole:
             tracked.may_match = False
             return
         tracked.loading = frozenset(ref.extent.name for ref in chunks)
-        tracked.pins = cache.index.pin(tracked.loading)
-        tracked.pins.__enter__()
+        tracked.pins = ExitStack()
+        tracked.pins.enter_context(cache.index.pin(tracked.loading))
+        if self._extents is not None:
+            tracked.pins.enter_context(self._extents.reading(chunks))
         self._go_on_at(tracked, max(tracked.next_chunk, len(tracked.match)))
         self._orders.loads.append(LoadOrder(request.request_id, chunks, first * chunk_tokens, start, end, tuple(ids)))
         self.counters.add(matched_requests=1, matched_tokens=external_tokens)
@@ -209,8 +215,9 @@ class SchedulerRole:
 
     def _plan(self, orders: StepOrders, output: SchedulerOutput) -> None:
         cache = self._ready()
+        if self._extents is not None:
+            self._extents.step(orders, None if self._off else cache)
         if cache is None or self._off:
-            self._expire()
             return
         orders.space_id, orders.calibration = cache.space.id, cache.calibration
         for new in output.scheduled_new_reqs:
@@ -223,7 +230,6 @@ class SchedulerRole:
             self._progress(orders, request_id, ids[0] if ids else [], resumed, cached.num_computed_tokens[i], output)
         for request in self._queue.step():
             self._prefetch(orders, request, cache)
-        self._expire()
 
     def _prefetch(self, orders: StepOrders, request: Request, cache: OpenCache) -> None:
         tracked = self._track(request, cache)
@@ -237,8 +243,7 @@ class SchedulerRole:
     def _progress(
         self, orders: StepOrders, request_id: str, ids: list[int], fresh: bool, computed: int, output: SchedulerOutput
     ) -> None:
-        tracked = self._tracked.get(request_id)
-        cache = self._cache
+        tracked, cache, extents = self._tracked.get(request_id), self._cache, self._extents
         if tracked is None or cache is None:
             return
         if tracked.pins is not None:  # scheduled, so its load is whole: a failed one was unpinned when it was reported
@@ -247,19 +252,21 @@ class SchedulerRole:
         tracked.blocks = list(ids) if fresh else tracked.blocks + list(ids)
         request = tracked.request
         after = min(computed + output.num_scheduled_tokens.get(request_id, 0), len(request.all_token_ids))
-        if self._grid is None or request.num_prompt_tokens < self._settings.store_min_tokens:
+        if extents is None or request.num_prompt_tokens < self._settings.store_min_tokens:
             return
         hashes = self._hashes(tracked, after)
         while tracked.next_chunk < len(hashes):
-            self._advance(orders, tracked, hashes, cache)
+            self._advance(orders, tracked, hashes, cache, extents)
         if computed < request.num_prompt_tokens <= after:
             self._close(orders, tracked)
 
-    def _advance(self, orders: StepOrders, tracked: _Tracked, hashes: list[bytes], cache: OpenCache) -> None:
+    def _advance(
+        self, orders: StepOrders, tracked: _Tracked, hashes: list[bytes], cache: OpenCache, extents: Extents
+    ) -> None:
         """The next full chunk of a request: known already, or gathered into its growing extent."""
         chunk, prefix_hash = tracked.next_chunk, hashes[tracked.next_chunk]
         tracked.next_chunk += 1
-        if prefix_hash in self._pending or cache.index.find(prefix_hash) is not None:
+        if extents.is_pending(prefix_hash) or cache.index.find(prefix_hash) is not None:
             self._close(orders, tracked)
             return
         per_chunk = self._settings.chunk_tokens // self._facts.block_tokens
@@ -273,8 +280,8 @@ class SchedulerRole:
             growing = tracked.growing = _Growing(f"{self._staging_number}", chunk, [])
         orders.gathers.append(GatherOrder(growing.staging, len(growing.hashes), prefix_hash, tuple(ids)))
         growing.hashes.append(prefix_hash)
-        self._pending.add(prefix_hash)
-        if len(growing.hashes) >= self._extent_chunks:
+        extents.gathering(prefix_hash)
+        if len(growing.hashes) >= extents.extent_chunks:
             self._close(orders, tracked)
 
     def _go_on_at(self, tracked: _Tracked, chunk: int) -> None:
@@ -284,21 +291,16 @@ class SchedulerRole:
             tracked.next_chunk = chunk
 
     def _close(self, orders: StepOrders, tracked: _Tracked) -> None:
-        """Name the growing extent (born now) and order its upload."""
+        """The growing extent grows no more."""
         growing, tracked.growing = tracked.growing, None
-        cache, grid = self._cache, self._grid
-        if growing is None or cache is None or grid is None:
+        if growing is None or self._cache is None or self._extents is None:
             return
-        name = ExtentName.fresh(growing.hashes[-1], len(growing.hashes), self._codec.id, cache.index.version)
-        first_token = growing.first_chunk * self._settings.chunk_tokens
         if growing.first_chunk:
             parent = tracked.hasher.hashes[growing.first_chunk - 1]
         else:
-            parent = root_hash(cache.space.id, tracked.request.cache_salt or "")[:HASH_BYTES]
-        hashes = b"".join(growing.hashes)
-        deadline = self._clock() + self._settings.store_deadline_s
-        self._uploading[str(name)] = _Uploading(name, grid, parent, first_token, hashes, deadline)
-        orders.uploads.append(UploadOrder(growing.staging, name, grid, first_token, hashes))
+            parent = root_hash(self._cache.space.id, tracked.request.cache_salt or "")[:HASH_BYTES]
+        first_token = growing.first_chunk * self._settings.chunk_tokens
+        self._extents.close(orders, self._cache, growing.staging, parent, first_token, growing.hashes)
 
     def finished(self, request: Request) -> None:
         """The request ended, well or not: what it has gathered is stored with the next step."""
@@ -321,7 +323,7 @@ class SchedulerRole:
 
     def _unpin(self, tracked: _Tracked) -> None:
         if tracked.pins is not None:
-            tracked.pins.__exit__(None, None, None)
+            tracked.pins.close()
             tracked.pins = None
 
     # ---- what the workers report -----------------------------------------------------------------------------------
@@ -344,14 +346,11 @@ class SchedulerRole:
         cache = self._cache
         if report.off is not None:
             self.turn_off(report.off)
-        for part in report.stored:
-            upload = self._uploading.get(part.name)
-            if upload is not None:
-                upload.shards[part.shard] = StoredShard(part.lengths, part.sums, part.n_bytes)
-                if len(upload.shards) == upload.grid.shards and cache is not None:
-                    self._publish(cache, self._uploading.pop(part.name))
-        for lost in report.failed:
-            self._give_up(lost.name, f"{lost.kind}: {lost.message}")
+        if self._extents is not None and cache is not None:
+            for part in report.stored:
+                self._extents.stored(cache, part)
+            for lost in report.failed:
+                self._extents.failed(lost)
         if report.loads_done:
             self._pause_s = _PAUSE_FIRST_S
         said: set[str] = set()
@@ -369,51 +368,11 @@ class SchedulerRole:
         if now >= self._paused_until_s:
             self._paused_until_s, self._pause_s = now + self._pause_s, min(2 * self._pause_s, _PAUSE_MOST_S)
 
-    def _publish(self, cache: OpenCache, upload: _Uploading) -> None:
-        chunk_bytes = self._facts.group_chunk_bytes(self._settings.chunk_tokens)
-        raw_bytes = chunk_bytes * (len(upload.hashes) // HASH_BYTES)
-        shards = [upload.shards[i] for i in range(upload.grid.shards)]
-        name = str(upload.name)
-        self._publishing[name] = future = cache.publisher.publish(
-            upload.name, upload.grid, upload.parent, upload.first_token, upload.hashes, raw_bytes, shards
-        )
-        future.add_done_callback(lambda f: self._published(name, upload.hashes, f))
-
-    def _published(self, name: str, hashes: bytes, future: Future[Verdict]) -> None:
-        """On a background thread: the commit was acknowledged, judged void, or failed."""
-        self._forget_pending(hashes)
-        error = future.exception() if not future.cancelled() else None
-        if future.cancelled() or error is not None:
-            self.counters.add(failed_extents=1)
-            logger.warning("extent %s was not committed: %s", name, error or "shut down")
-        elif future.result() is Verdict.VOID:
-            self.counters.add(void_extents=1)
-        else:
-            self.counters.add(stored_extents=1)
-        self._publishing.pop(name, None)  # counted first: whoever watches sees it in one place at least
-        self.write_stats()
-
-    def _give_up(self, name: str, why: str) -> None:
-        upload = self._uploading.pop(name, None)
-        if upload is not None:
-            self._forget_pending(upload.hashes)
-            self.counters.add(failed_extents=1)
-            logger.warning("extent %s is not stored: %s", name, why)
-
-    def _forget_pending(self, hashes: bytes) -> None:
-        self._pending.difference_update(hashes[i : i + HASH_BYTES] for i in range(0, len(hashes), HASH_BYTES))
-
-    def _expire(self) -> None:
-        now = self._clock()
-        for name in [name for name, upload in self._uploading.items() if now > upload.deadline_s]:
-            self._give_up(name, f"not stored within {self._settings.store_deadline_s} s")
-
     # ---- life ------------------------------------------------------------------------------------------------------
 
     def busy(self) -> bool:
         """Orders not sent or parts not reported: the engine must keep stepping, until the store deadline at most."""
-        self._expire()
-        return bool(self._orders.uploads or self._uploading)
+        return bool(self._orders.uploads) or (self._extents is not None and self._extents.busy())
 
     def fail_load(self, request_id: str) -> None:
         """A load that vLLM waits for cannot be ordered: have the workers report it failed."""
@@ -422,11 +381,12 @@ class SchedulerRole:
     def failed_orders(self) -> StepOrders:
         """After an error of ours: every load ordered and not yet sent fails, so that no request waits for ever."""
         orders, self._orders = self._orders, StepOrders()
-        for upload in orders.uploads:
-            self._give_up(str(upload.name), "an error of ours, see above")
+        if self._extents is not None:
+            self._extents.give_up_orders(orders)
         return StepOrders(
             fail=[order.request_id for order in orders.loads] + orders.fail,
             discard=[upload.staging for upload in orders.uploads] + orders.discard,
+            forget=orders.forget,
         )
 
     def turn_off(self, why: str) -> None:
@@ -447,8 +407,8 @@ class SchedulerRole:
         self.turn_off("its cache was reset, so its weights may be others than those in the model's files")
 
     def write_stats(self) -> None:
-        facts: dict[str, Any] = {"ready": self._cache is not None, "uploading": len(self._uploading)}
-        facts["publishing"] = len(self._publishing)
+        facts: dict[str, Any] = {"ready": self._cache is not None}
+        facts |= self._extents.counts() if self._extents is not None else {}
         facts["committed_extents"] = self.counters.total("stored_extents")
         if self._cache is not None:
             facts.update(self._cache.facts())
@@ -458,11 +418,8 @@ class SchedulerRole:
         """Commits under way get `timeout_s` to end; what is not committed then is an orphan for garbage collection."""
         begin = time.monotonic()
         end = begin + timeout_s
-        for future in list(self._publishing.values()):
-            try:
-                future.result(max(0.0, end - time.monotonic()))
-            except (LMCacheS3Error, TimeoutError):
-                continue
+        if self._extents is not None:
+            self._extents.drain(timeout_s)
         if self._cache is not None:
             self._cache.close(max(0.1, end - time.monotonic()))
         self._opening.close()

@@ -29,6 +29,7 @@ HELP = {
     "failed_loads": "requests whose load failed and were computed instead",
     "bad_chunks": "chunks whose stored bytes could not be used",
     "stored_chunks": "chunks uploaded",
+    "rested_chunks": "chunks that rested before they were uploaded (write-behind)",
     "stored_extents": "extents committed to the index",
     "void_extents": "extents whose commit came too late",
     "failed_extents": "extents given up before they were committed",

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from lmcache_s3.integrations.vllm.metadata import (
     GatherOrder,
     LoadOrder,
     PrefetchOrder,
+    RestedOrder,
     StepOrders,
     StoredPart,
     UploadOrder,
@@ -43,7 +44,7 @@ from lmcache_s3.loading import LoadReport
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.tiers.stores.open import open_store
 from lmcache_s3.transfer import Transfer, check_staging
-from lmcache_s3.types import HASH_BYTES, Geometry
+from lmcache_s3.types import HASH_BYTES, ExtentName, Geometry, Grid
 from lmcache_s3.uploading import StoredShard
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class WorkerRole:
                 self._tiers(space_id),
                 settings=self._settings.transfer_settings(),
                 on_thread_start=_leave_compute_cores,
+                resting=self._settings.make_resting(),
             )
         return self._transfer
 
@@ -279,13 +281,23 @@ class WorkerRole:
         finally:  # each upload is answered, whatever happens
             for upload in orders.uploads:
                 self._answer_upload(upload, orders.space_id)
+            for rested in orders.rested:
+                self._answer_rested(rested)
+        if self._transfer is not None:
+            self._transfer.forget_rested(orders.forget)
 
     def _answer_upload(self, upload: UploadOrder, space_id: str | None) -> None:
         try:
             self._start_upload(upload, space_id)
         except Exception as error:  # noqa: BLE001 - an extent that cannot be stored is given up, whatever the cause
             self._forget(upload.staging)
-            self._fail(upload, getattr(error, "kind", "bug"), str(error))
+            self._fail(upload.name, getattr(error, "kind", "bug"), str(error))
+
+    def _answer_rested(self, order: RestedOrder) -> None:
+        try:
+            self._upload_rested(order)
+        except Exception as error:  # noqa: BLE001 - an extent that cannot be stored is given up, whatever the cause
+            self._fail(order.name, getattr(error, "kind", "bug"), str(error))
 
     def _gather_one(self, order: GatherOrder, blocks: EngineBlocks) -> None:
         n_bytes = blocks.chunk_bytes(self._geometry)
@@ -309,23 +321,14 @@ class WorkerRole:
         n_chunks = len(order.hashes) // HASH_BYTES
         if space_id is None or self._blocks is None or set(staged.chunks) != set(range(n_chunks)):
             self._forget(order.staging)
-            self._fail(order, "full", "a chunk was dropped: staging memory was full")
+            self._fail(order.name, "full", "a chunk was dropped: staging memory was full")
             return
         chunks = [staged.chunks[i] for i in range(n_chunks)]
-        mine = [s for s in range(order.grid.shards) if self._blocks.covers(self._geometry, order.grid, s)]
+        transfer = self._transfer_for(space_id)
+        mine = self._shards(order.grid, self._blocks)
         waiting = set(mine)
 
-        def finished(handle: Handle[StoredShard], shard: int) -> None:
-            try:
-                part = handle.result(0)
-            except Exception as error:  # noqa: BLE001 - an extent that cannot be stored is given up, whatever the cause
-                self._fail(order, getattr(error, "kind", "bug"), str(error))
-            else:
-                with self._lock:
-                    self._report.stored.append(
-                        StoredPart(str(order.name), shard, part.lengths, part.sums, part.n_bytes)
-                    )
-                self.counters.add(stored_chunks=n_chunks)
+        def ended(shard: int) -> None:
             with self._lock:
                 waiting.discard(shard)
                 last = not waiting
@@ -334,20 +337,62 @@ class WorkerRole:
 
         for shard in mine:
             heads = self._blocks.local_heads(self._geometry.cell_heads(order.grid, shard))
-            handle = self._transfer_for(space_id).upload_shard(
+            handle = transfer.upload_shard(
                 order.name,
                 order.grid,
                 shard,
                 order.first_token,
                 order.hashes,
                 [chunk[:, :, :, heads.start : heads.stop] for chunk in chunks],
+                parent=order.parent,
+                deadline_s=self._settings.store_deadline_s,
+                rest=order.to_rest,
+            )
+            note = functools.partial(self._note_stored, name=order.name, shard=shard, to_rest=order.to_rest, then=ended)
+            handle.add_done_callback(note)
+
+    def _shards(self, grid: Grid, blocks: EngineBlocks) -> list[int]:
+        """The shards this rank writes."""
+        return [shard for shard in range(grid.shards) if blocks.covers(self._geometry, grid, shard)]
+
+    def _upload_rested(self, order: RestedOrder) -> None:
+        blocks, transfer = self._blocks, self._transfer
+        if blocks is None or transfer is None:
+            raise Bug("ordered to upload what cannot rest here")
+        for shard in self._shards(order.grid, blocks):
+            handle = transfer.upload_rested(
+                order.name,
+                order.grid,
+                shard,
+                order.first_token,
+                order.chunks,
                 deadline_s=self._settings.store_deadline_s,
             )
-            handle.add_done_callback(functools.partial(finished, shard=shard))
+            handle.add_done_callback(functools.partial(self._note_stored, name=order.name, shard=shard))
 
-    def _fail(self, order: UploadOrder, kind: str, message: str) -> None:
+    def _note_stored(
+        self,
+        handle: Handle[StoredShard],
+        *,
+        name: ExtentName,
+        shard: int,
+        to_rest: bool = False,
+        then: Callable[[int], None] = lambda shard: None,
+    ) -> None:
+        """An upload (or its laying to rest) ended."""
+        try:
+            part = handle.result(0)
+        except Exception as error:  # noqa: BLE001 - an extent that cannot be stored is given up, whatever the cause
+            self._fail(name, getattr(error, "kind", "bug"), str(error))
+        else:
+            with self._lock:
+                self._report.stored.append(StoredPart(str(name), shard, part.lengths, part.sums, part.n_bytes))
+            self.counters.add(stored_chunks=0 if to_rest else name.n_chunks)
+        then(shard)
+
+    def _fail(self, name: ExtentName, kind: str, message: str) -> None:
         with self._lock:
-            self._report.failed.append(FailedPart(str(order.name), kind, message))
+            self._report.failed.append(FailedPart(str(name), kind, message))
 
     def _forget(self, staging: str) -> None:
         with self._lock:
