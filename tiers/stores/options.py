@@ -16,7 +16,8 @@ class StoreOptions:
     endpoint_url: S3 server other than AWS. addressing_style: `auto` is path style on a custom endpoint, else virtual.
     ca_bundle: PEM file for TLS. profile: of the AWS configuration. storage_options: passed to the fsspec file system.
     connect_timeout_s, request_timeout_s: of one attempt (the second: silence on the socket). max_connections: kept
-    open, so the number of threads that work at once.
+    open, so the number of threads that work at once. requester_pays: agree to pay
+    for requests to a bucket whose owner does not.
     """
 
     endpoint_url: str | None = None
@@ -28,3 +29,4 @@ class StoreOptions:
     connect_timeout_s: float = 5.0
     request_timeout_s: float = 30.0
     max_connections: int = 16
+    requester_pays: bool = False

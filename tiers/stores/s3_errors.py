@@ -1,18 +1,41 @@
-"""What boto3's exceptions mean to us, by type and status code (never by text). Pure.
+"""What failed calls mean to us, ours and boto3's, by type and status code (never by text). Pure.
 
 One message form: the thing, what is wrong, how to mend it.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import botocore.exceptions as bc
 
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Missing, Unavailable, Unusable
+from lmcache_s3.tiers.stores.http_connection import Silence, Trouble, Unreachable, Untrusted
+from lmcache_s3.tiers.stores.http_head import Garbled
 
-CLIENT_ERRORS: tuple[type[Exception], ...] = (bc.BotoCoreError, bc.ClientError)
-"""Everything a boto3 call raises of its own accord."""
+
+class Refused(Exception):
+    """An answer other than 2xx. code: S3's word for it, "" where there is none."""
+
+    def __init__(self, status: int, code: str) -> None:
+        super().__init__(f"{status} {code}")
+        self.status = status
+        self.code = code
+
+    @property
+    def moved(self) -> bool:
+        """The bucket is elsewhere; nothing was done here."""
+        return self.status in (301, 302, 307, 308) or self.code in _MOVED_CODES
+
+    @property
+    def throttled(self) -> bool:
+        return self.status == 429 or self.code in _THROTTLE_CODES
+
+    @property
+    def transient(self) -> bool:
+        return self.throttled or self.status in (500, 502, 503, 504) or self.code == "RequestTimeout"
+
+
+CLIENT_ERRORS: tuple[type[Exception], ...] = (Refused, Trouble, Garbled, bc.BotoCoreError, bc.ClientError)
+"""Everything our calls and boto3's raise of their own accord."""
 
 _CREDENTIAL_CODES = frozenset(
     {
@@ -29,6 +52,7 @@ _CREDENTIAL_CODES = frozenset(
 _THROTTLE_CODES = frozenset(
     {"SlowDown", "ServiceUnavailable", "Throttling", "ThrottlingException", "RequestLimitExceeded"}
 )
+_MOVED_CODES = frozenset({"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"})
 _NO_CREDENTIALS = (
     bc.NoCredentialsError,
     bc.PartialCredentialsError,
@@ -39,7 +63,7 @@ _NO_CREDENTIALS = (
     bc.SSOTokenLoadError,
     bc.ProfileNotFound,
 )
-_TIMEOUTS = (bc.ConnectTimeoutError, bc.ReadTimeoutError)
+_TIMEOUTS = (Silence, bc.ConnectTimeoutError, bc.ReadTimeoutError)
 
 
 def status_of(error: BaseException) -> int | None:
@@ -54,7 +78,11 @@ def status_of(error: BaseException) -> int | None:
 def mapped(error: Exception, *, where: str, bucket: str, endpoint: str, key: str | None) -> LMCacheS3Error:
     """Our error for one of `CLIENT_ERRORS`. `where`: the object's URL; `endpoint`: what was talked to, for people."""
     if isinstance(error, bc.ClientError):
-        return _answered(error.response, where=where, bucket=bucket, endpoint=endpoint, key=key)
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = str(error.response.get("Error", {}).get("Code", ""))[:80]
+        return _answered(status, code, where=where, bucket=bucket, endpoint=endpoint, key=key)
+    if isinstance(error, Refused):
+        return _answered(error.status, error.code, where=where, bucket=bucket, endpoint=endpoint, key=key)
     if isinstance(error, _NO_CREDENTIALS):
         return Invalid(
             f"{where}: no usable credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile",
@@ -63,13 +91,13 @@ def mapped(error: Exception, *, where: str, bucket: str, endpoint: str, key: str
         )
     if isinstance(error, _TIMEOUTS):
         return Unavailable(f"{where}: {endpoint} did not answer in time", kind="timeout", key=key)
-    if isinstance(error, bc.SSLError):
+    if isinstance(error, Untrusted | bc.SSLError):
         return Unavailable(
             f"{where}: TLS to {endpoint} failed ({_one_line(error)}); is ca_bundle the server's CA?",
             kind="network",
             key=key,
         )
-    if isinstance(error, bc.EndpointConnectionError | bc.ProxyConnectionError):
+    if isinstance(error, Unreachable | bc.EndpointConnectionError | bc.ProxyConnectionError):
         return Unavailable(
             f"{where}: cannot connect to {endpoint}; is the server up, and endpoint_url right?", kind="network", key=key
         )
@@ -80,9 +108,7 @@ def mapped(error: Exception, *, where: str, bucket: str, endpoint: str, key: str
     return Unavailable(f"{where}: connection to {endpoint} failed ({_one_line(error)})", kind="network", key=key)
 
 
-def _answered(response: Any, *, where: str, bucket: str, endpoint: str, key: str | None) -> LMCacheS3Error:
-    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    code = str(response.get("Error", {}).get("Code", ""))[:80]
+def _answered(status: int, code: str, *, where: str, bucket: str, endpoint: str, key: str | None) -> LMCacheS3Error:
     if code == "NoSuchBucket" or (status == 404 and key is None):
         return Invalid(
             f"{where}: bucket {bucket!r} does not exist at {endpoint}; create it or mend the url",
