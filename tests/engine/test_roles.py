@@ -354,7 +354,7 @@ def test_an_error_while_ordering_fails_the_loads_it_held(url: str, monkeypatch: 
     def broken(*_: object) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(a.scheduler, "_expire", broken)
+    monkeypatch.setattr(a.scheduler._queue, "step", broken)
     with pytest.raises(RuntimeError):
         a.scheduler.orders(SchedulerOutput.make_empty())
     assert a.scheduler.failed_orders().fail == ["b"]
