@@ -12,7 +12,9 @@ pytest.importorskip("vllm", reason="the real vLLM is needed: make setup")
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from lmcache_s3.handle import Work
 from lmcache_s3.integrations.vllm.prefetching import Queue
+from lmcache_s3.loading import LoadReport
 from tests.engine.test_roles import CHUNK, Engine, prompt
 
 pytestmark = pytest.mark.engine
@@ -83,16 +85,20 @@ def test_what_is_scheduled_at_once_is_not_prefetched(url: str) -> None:
 def test_no_more_is_on_its_way_than_the_tier_is_worth(url: str) -> None:
     tokens = prompt(4 * CHUNK)
     stored(url, tokens)
-    b = opened(url, staging_bytes="16MiB")
+    b = opened(url)
     (worker,) = b.workers
-    worker._transfer_for(b.scheduler._cache.space.id)  # type: ignore[union-attr]
-    tier = worker._transfer.stack.tiers[0]  # type: ignore[union-attr]
-    tier.budget_bytes = 1  # whatever is under way is too much for it
-    for name in ("b", "c"):
-        b.scheduler.arrived(Request(name, tokens, SamplingParams(max_tokens=1), None))
+    running: Work[LoadReport] = Work(total_bytes=8 << 20)  # of a tier of 16 MiB
+    worker._prefetches["other"] = running.handle
+    b.scheduler.arrived(Request("b", tokens, SamplingParams(max_tokens=1), None))
     b.step([], {})
     b.step([], {})
-    assert len(worker._prefetches) + worker.counters.total("dropped_prefetches") == 2
+    assert worker.counters.total("dropped_prefetches") == 1
+    assert gets(b) == 0
+    running.finish(LoadReport(0))
+    b.scheduler.arrived(Request("c", tokens, SamplingParams(max_tokens=1), None))
+    b.step([], {})
+    b.step([], {})
+    assert list(worker._prefetches) == ["c"]
     b.close()
 
 
