@@ -77,6 +77,10 @@ class Settings(BaseSettings):
     profile: str | None = fields.text(
         "Profile in the AWS configuration files to take credentials from. Costs nothing.", "name a profile"
     )
+    requester_pays: bool = fields.switch(
+        "Agree to pay for requests and transfer where the bucket's owner does not: $0.0004 per 1,000 reads, and what "
+        "AWS charges for transfer out of its region."
+    )
     storage_options: dict[str, Any] = Field(
         default_factory=dict,
         description="Passed on to fsspec for URLs that it opens (not s3:// or file://). Costs nothing.",
@@ -329,6 +333,7 @@ class Settings(BaseSettings):
             connect_timeout_s=self.connect_timeout_s,
             request_timeout_s=self.request_timeout_s,
             max_connections=max(32, 2 * self.io_threads),
+            requester_pays=self.requester_pays,
         )
 
     def make_codec(self) -> KVCodec:
