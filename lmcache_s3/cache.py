@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lmcache_s3.behind import Behind
 from lmcache_s3.calibration_store import calibrated_codec
 from lmcache_s3.config import Settings, load_settings
 from lmcache_s3.damage import DamageControl
@@ -33,13 +34,14 @@ from lmcache_s3.index.service import Index, IndexStats
 from lmcache_s3.loading import LoadReport
 from lmcache_s3.metrics import Metrics
 from lmcache_s3.publish import Publisher
-from lmcache_s3.storing import Storer, StoreReport, as_stored
+from lmcache_s3.storing import Storer, StoreReport, as_stored, chunks_per_extent
 from lmcache_s3.tiers.base import TierStats
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.tiers.stores.open import open_store
 from lmcache_s3.transfer import Transfer
 from lmcache_s3.types import HASH_BYTES, ChunkRef, Grid
+from lmcache_s3.write_behind import PRESSURE, WriteBehind
 
 if TYPE_CHECKING:
     from lmcache_s3.identity import Tokens
@@ -91,9 +93,17 @@ class Cache:
         self.damage = DamageControl(index, store, space.id, space.geometry, metrics=self.metrics)
         self._store = store
         self._publisher = Publisher(store, index, space, transfer.codec, before_commit=self.damage.settled_soon)
-        self._storer = Storer(
-            transfer, self._publisher, index, Grid(1, settings.head_groups or 1), settings.extent_bytes
-        )
+        grid = Grid(1, settings.head_groups or 1)
+        extent_chunks = chunks_per_extent(space.geometry, transfer.codec, settings.extent_bytes)
+        self._behind: Behind | None = None
+        if settings.write_behind_s > 0 and not settings.read_only:
+            plan = WriteBehind(
+                extent_chunks=extent_chunks,
+                age_s=settings.write_behind_s,
+                max_bytes=int(settings.write_behind_bytes * PRESSURE),
+            )
+            self._behind = Behind(transfer, self._publisher, index, grid, plan)
+        self._storer = Storer(transfer, self._publisher, index, grid, extent_chunks, self._behind)
         self._closed = False
 
     # --- opening
@@ -157,7 +167,15 @@ class Cache:
         index = Index.open(counting, space, settings=settings.index_settings())
         try:
             tiers = settings.make_tiers(space.id, "cache")
-            transfer = Transfer(counting, space.id, geometry, codec, tiers, settings=settings.transfer_settings())
+            transfer = Transfer(
+                counting,
+                space.id,
+                geometry,
+                codec,
+                tiers,
+                settings=settings.transfer_settings(),
+                resting=settings.make_resting(),
+            )
         except BaseException:
             index.close()
             raise
@@ -168,11 +186,14 @@ class Cache:
     def lookup(self, tokens: Tokens, *, salt: str = "", extra: Sequence[ExtraKey] = ()) -> Match:
         """The longest known prefix. No I/O: hashing is what it takes. No promise: loads may still miss."""
         hashes = prefix_hashes(self.space.id, tokens, self.space.chunk_tokens, salt=salt, extra=extra)
-        chunks = tuple(self.index.match(hashes))
+        chunks = tuple(self._match(hashes))
         self.metrics.add("lookups")
         self.metrics.add("lookup_chunks", len(hashes))
         self.metrics.add("matched_chunks", len(chunks))
         return Match(len(chunks) * self.space.chunk_tokens, chunks)
+
+    def _match(self, hashes: Sequence[bytes]) -> Sequence[ChunkRef]:
+        return self.index.match(hashes) if self._behind is None else self._behind.match(hashes)
 
     def pin(self, match: Match) -> AbstractContextManager[None]:
         """Keeps the match's extents from being collected by this process while the context lasts."""
@@ -206,7 +227,13 @@ class Cache:
             tokens = report.loaded_chunks * n
             return Retrieved(array[:, :, :tokens], tokens, report)
 
-        return self.transfer.load(match.chunks, sink, deadline_s=deadline_s).then(done)
+        if self._behind is None:
+            return self.transfer.load(match.chunks, sink, deadline_s=deadline_s).then(done)
+        match = Match(match.tokens, self._behind.current(match.chunks))
+        release = self._behind.hold(match.chunks)
+        loading = self.transfer.load(match.chunks, sink, deadline_s=deadline_s)
+        loading.add_done_callback(lambda _: release())
+        return loading.then(done)
 
     def prefetch(self, match: Match, tier: str = "host", *, deadline_s: float | None = None) -> Handle[LoadReport]:
         """Bring a match into a tier; done when it is there."""
@@ -230,7 +257,8 @@ class Cache:
 
         kv: `[kv, layer, token, head, channel]`, numpy or torch (copied to the host), in the space's kv_dtype or its
         storage dtype; as many tokens as `tokens` or fewer (the last may have no KV yet). Not to be changed until done.
-        The handle ends with `Unavailable` (full, timeout, network …) if not all of it could be stored.
+        The handle ends with `Unavailable` (full, timeout, network …) if not all of it could be stored. With
+        `write_behind_s` what does not fill an extent rests first, so `done` may take that long; see `flush`.
         """
         if self.settings.read_only:
             raise Invalid("the cache was opened read_only: nothing can be stored", kind="setting", key="read_only")
@@ -239,13 +267,18 @@ class Cache:
         if array.shape[2] > len(tokens):
             raise Invalid(f"KV of {array.shape[2]} tokens for a prompt of {len(tokens)}", kind="argument", key="kv")
         del hashes[array.shape[2] // self.space.chunk_tokens :]
-        known = len(self.index.match(hashes))
+        known = len(self._match(hashes))
         new_tokens = (len(hashes) - known) * self.space.chunk_tokens
         if not new_tokens or new_tokens < self.settings.store_min_tokens:
             return Handle.completed(StoreReport(0, known, (), (), 0))
         root = root_hash(self.space.id, salt)[:HASH_BYTES]
         seconds = self.settings.store_deadline_s if deadline_s is None else deadline_s
-        return self._storer.store(root, hashes, known, array, deadline_s=seconds)
+        return self._storer.store(root, hashes, known, array, deadline_s=seconds + self.settings.write_behind_s)
+
+    def flush(self) -> None:
+        """Upload what rests (`write_behind_s`) now; the handles of its stores tell when it is acknowledged."""
+        if self._behind is not None:
+            self._behind.flush()
 
     def _note(self, match: Match, report: LoadReport) -> None:
         """What was loaded was hit. Unusable bytes are an extent's fault; an unavailable store is not."""
@@ -263,11 +296,14 @@ class Cache:
         return CacheStats(self.index.stats(), self.transfer.stats(), dict(self._store.counts), self.metrics.snapshot())
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """End loads and stores under way with `Unavailable(closed)`, commit what is ready, let go of everything."""
+        """End loads and stores under way with `Unavailable(closed)`, upload what rests, commit what is ready, let go of
+        everything."""
         if self._closed:
             return
         self._closed = True
         self._storer.close()
+        if self._behind is not None:
+            self._behind.close(timeout_s)
         self.transfer.close(timeout_s)
         self._publisher.close()
         self.damage.close()

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from lmcache_s3.behind import Behind
 from lmcache_s3.codecs.base import KVCodec
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Unavailable
 from lmcache_s3.handle import Handle, Work
 from lmcache_s3.index.service import Index, Verdict
-from lmcache_s3.publish import Publisher
+from lmcache_s3.publish import Publisher, make_record
 from lmcache_s3.transfer import Transfer
 from lmcache_s3.types import ExtentName, Geometry, Grid
 from lmcache_s3.uploading import StoredShard
@@ -36,6 +37,7 @@ _LOSSY_RATIO = 0.5
 class StoreReport:
     """What a store did. stored_chunks: new ones, uploaded and judged; known_chunks: were there already.
 
+    extents: as uploaded, or as laid to rest (write-behind: uploaded together with others, under another name).
     verdicts: the index's answer to each extent: LIVE; COVERED: somebody stored the same meanwhile; VOID: came too late.
     n_bytes: of the shard objects.
     """
@@ -140,12 +142,22 @@ class _Stored:
 class Storer:
     """Stores prompts; uploads of two at a time. Thread-safe."""
 
-    def __init__(self, transfer: Transfer, publisher: Publisher, index: Index, grid: Grid, extent_bytes: int) -> None:
+    def __init__(
+        self,
+        transfer: Transfer,
+        publisher: Publisher,
+        index: Index,
+        grid: Grid,
+        extent_chunks: int,
+        behind: Behind | None = None,
+    ) -> None:
+        """behind: lays to rest what does not fill an extent; None: everything is uploaded at once."""
         self._transfer = transfer
         self._publisher = publisher
         self._index = index
         self._grid = grid
-        self._chunks_per_extent = chunks_per_extent(transfer.geometry, transfer.codec, extent_bytes)
+        self._chunks_per_extent = extent_chunks
+        self._behind = behind
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="lmcache-s3-storer")
 
     def store(
@@ -175,15 +187,17 @@ class Storer:
     def _run(self, work: Work[StoreReport], root: bytes, hashes: Sequence[bytes], known: int, kv: np.ndarray) -> None:
         store = _Stored(work, known)
         for part in self._parts(root, hashes, known):
-            name, shards = self._upload(work, part, kv)
+            behind = self._behind if part.n_chunks < self._chunks_per_extent else None
+            name, shards = self._upload(work, part, kv, to_rest=behind is not None)
             if work.over:  # the caller may have changed its array since: what was uploaded is nobody's
+                if behind is not None:
+                    self._transfer.forget_rested([name])
                 return
             geometry = self._transfer.geometry
             first_token = part.first * geometry.chunk_tokens
             raw_bytes = geometry.chunk_bytes * part.n_chunks
-            verdict = self._publisher.publish(
-                name, self._grid, part.parent, first_token, part.hashes, raw_bytes, shards
-            )
+            parts = (name, self._grid, part.parent, first_token, part.hashes, raw_bytes, shards)
+            verdict = self._publisher.publish(*parts) if behind is None else behind.rest(make_record(*parts))
             store.add(name, verdict, raw_bytes, sum(shard.n_bytes for shard in shards))
         store.all_added()
 
@@ -193,7 +207,9 @@ class Storer:
             parent = hashes[first - 1] if first else root
             yield _Part(first, b"".join(some), some[-1], parent, len(some))
 
-    def _upload(self, work: Work[Any], part: _Part, kv: np.ndarray) -> tuple[ExtentName, list[StoredShard]]:
+    def _upload(
+        self, work: Work[Any], part: _Part, kv: np.ndarray, *, to_rest: bool
+    ) -> tuple[ExtentName, list[StoredShard]]:
         """All shards of one extent, side by side. Raises what the first failed one says."""
         geometry, grid = self._transfer.geometry, self._grid
         name = ExtentName.fresh(part.last_hash, part.n_chunks, self._transfer.codec.id, self._index.version)
@@ -204,11 +220,17 @@ class Storer:
             mine = kv[:, layers.start : layers.stop, :, heads.start : heads.stop]
             cells = [mine[:, :, i * n : (i + 1) * n] for i in range(part.first, part.first + part.n_chunks)]
             upload = self._transfer.upload_shard(
-                name, grid, shard, part.first * n, part.hashes, cells, parent=part.parent
+                name, grid, shard, part.first * n, part.hashes, cells, parent=part.parent, rest=to_rest
             )
             uploads.append(upload)
         work.handle.add_done_callback(lambda _: _cancel(uploads))
-        return name, [upload.result() for upload in uploads]
+        try:
+            return name, [upload.result() for upload in uploads]
+        except LMCacheS3Error:
+            if to_rest:
+                _cancel(uploads)
+                self._transfer.forget_rested([name])
+            raise
 
     def close(self) -> None:
         """Stores not begun fail with `Unavailable(closed)`."""

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+PRESSURE = 0.75
+"""`max_bytes` as a part of the memory for what rests: what comes while uploads make room has room itself."""
+
 
 @dataclass(slots=True)
 class Run:

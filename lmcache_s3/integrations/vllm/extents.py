@@ -28,12 +28,9 @@ from lmcache_s3.publish import make_record
 from lmcache_s3.resting import RestingIndex
 from lmcache_s3.types import HASH_BYTES, ChunkRef, ExtentName, Grid
 from lmcache_s3.uploading import StoredShard
-from lmcache_s3.write_behind import Run, WriteBehind
+from lmcache_s3.write_behind import PRESSURE, Run, WriteBehind
 
 logger = logging.getLogger("lmcache_s3.vllm")
-
-_PRESSURE = 0.75
-"""Uploads begin when this part of the memory for what rests is full, so that what comes meanwhile has room."""
 
 
 @dataclass
@@ -86,7 +83,7 @@ class Extents:
         """What was given up on its way to rest → until when."""
         self._behind: WriteBehind | None = None
         if write_behind_s > 0:
-            max_bytes = int(write_behind_bytes * _PRESSURE) * grid.shards  # each rank has its own memory
+            max_bytes = int(write_behind_bytes * PRESSURE) * grid.shards  # each rank has its own memory
             self._behind = WriteBehind(extent_chunks=extent_chunks, age_s=write_behind_s, max_bytes=max_bytes)
         self._flush = False
 
