@@ -49,7 +49,8 @@ def resting(cache: Cache) -> int:
 
 @pytest.mark.parametrize("head_groups", [1, 2])
 def test_turns_rest_are_loaded_and_go_up_as_one_extent(head_groups: int) -> None:
-    store = open_store(fresh_memory_url())
+    url = fresh_memory_url()
+    store = open_store(url)
     tokens, kv = random_tokens(9 * N), random_kv(SPACE, 9 * N)
     with opened(store, head_groups=head_groups) as cache:
         handles = []
@@ -71,7 +72,7 @@ def test_turns_rest_are_loaded_and_go_up_as_one_extent(head_groups: int) -> None
         got = cache.retrieve(old).result(5)  # matched when it rested, loaded from where it is now
         assert same_bits(got.array, kv)
         assert got.report.tier_bytes.keys() == {"object"}
-    with opened(store) as other:
+    with opened(open_store(url)) as other:
         assert same_bits(other.retrieve(other.lookup(tokens)).result(5).array, kv)
 
 
