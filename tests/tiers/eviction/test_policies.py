@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lmcache_s3.testing.eviction import EvictionPolicyTests, chain
 from lmcache_s3.tiers.eviction.base import EvictionPolicy, Item
+from lmcache_s3.tiers.eviction.hazard import HazardPolicy
 from lmcache_s3.tiers.eviction.lru import LRUPolicy
 
 
@@ -34,3 +35,40 @@ class TestLRU(EvictionPolicyTests):
         for i in range(10_000):
             policy.use([item], float(i))
         assert len(policy._leaves._heap) < 100
+
+
+class TestHazard(EvictionPolicyTests):
+    def make_policy(self) -> EvictionPolicy:
+        return HazardPolicy()
+
+    def test_it_starts_as_least_recently_used(self) -> None:
+        policy = HazardPolicy()
+        for i, name in enumerate("abc"):
+            policy.use([Item(name, None, 0, 1)], 100.0 * i)
+            policy.add(Item(name, None, 0, 1), 100.0 * i)
+        policy.use([Item("a", None, 0, 1)], 300.0)
+        assert policy.victim(400.0) == "b"
+
+    def test_it_learns_that_first_turns_do_not_come_back_and_later_ones_do(self) -> None:
+        """Chats of a second turn go on a minute later, as long as they are kept in view; first turns never do."""
+        policy = HazardPolicy()
+        for i in range(400):
+            now_s = 30.0 * i
+            chat, once = chain(f"chat{i // 40}", 4 + i % 40), chain(f"once{i}", 12)
+            for prompt in (once, chat):
+                policy.use(prompt, now_s)
+                for item in prompt:
+                    policy.add(item, now_s)
+        held = {key for key in policy._held if str(key[0]).startswith("chat9")}  # type: ignore[index]
+        for i in range(390, 400):
+            key = policy.victim(12_000.0)
+            assert key is not None
+            assert key not in held, i
+            policy.remove(key)
+
+    def test_what_is_remembered_of_evicted_chunks_is_bounded(self) -> None:
+        policy = HazardPolicy()
+        for i in range(12_000):
+            policy.use(chain(f"p{i}", 30), 0.01 * i)
+        assert len(policy._visits._witnesses) <= 65_536
+        assert len(policy) == 0
