@@ -12,6 +12,7 @@ import ssl
 import threading
 import time
 import urllib.request
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from urllib.parse import unquote, urlsplit
@@ -76,6 +77,7 @@ class Pool:
         self._process = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._resting)  # of a pool that nobody closed
 
     def exchange(self, head: bytes, body: memoryview | None, *, once: bool) -> Answer:
         """once: the server must not see the request twice, so it is sent again only where nothing of it had left."""
@@ -98,9 +100,7 @@ class Pool:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            resting, self._resting = self._resting, []
-        for _, connection in resting:
-            connection.close()
+            _close_all(self._resting)
 
     @staticmethod
     def _carry(connection: Connection, head: bytes, body: memoryview | None) -> Head:
@@ -123,8 +123,9 @@ class Pool:
         now_s = self._clock()
         while True:
             with self._lock:
-                if self._process != os.getpid():  # forked: those are the parent's
-                    self._resting, self._process = [], os.getpid()
+                if self._process != os.getpid():  # forked: the parent speaks on those; this closes our ends only
+                    _close_all(self._resting)
+                    self._process = os.getpid()
                 if not self._resting:
                     return None
                 since_s, connection = self._resting.pop()
@@ -138,6 +139,11 @@ class Pool:
                 self._resting.append((self._clock(), connection))
                 return
         connection.close()
+
+
+def _close_all(resting: list[tuple[float, Connection]]) -> None:
+    while resting:
+        resting.pop()[1].close()
 
 
 def route_to(url: str, *, ca_file: str | None, connect_timeout_s: float, silence_s: float) -> Route:

@@ -31,6 +31,8 @@ _ATTEMPTS = 3
 _PAUSE_S = 0.05
 _THROTTLED_PAUSE_S = 1.0
 _CODE = re.compile(rb"<Code>([0-9A-Za-z.]{1,80})</Code>")
+_REGION = re.compile(rb"<Region>([0-9a-z-]{1,40})</Region>")
+_NAME = re.compile("[0-9a-z-]{1,40}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +74,9 @@ class Caller:
             try:
                 return self._attempt(there, call, receive)
             except Refused as e:
-                if e.moved and not moved:
+                if e.moved and e.region and not moved:
                     moved = True
-                    self._find_again(there)
+                    self._find_again(there, e.region)
                     continue
                 if call.once or attempt == _ATTEMPTS or not e.transient:
                     raise
@@ -106,8 +108,7 @@ class Caller:
         with pool.exchange(head, call.body, once=call.once) as answer:
             if 200 <= answer.status < 300:
                 return receive(answer)
-            match = _CODE.search(_told(answer))
-            raise Refused(answer.status, match[1].decode() if match else "")
+            raise _refused(answer)
 
     def _find(self) -> tuple[Place, Pool]:
         there = self._there
@@ -120,10 +121,10 @@ class Caller:
                 self._there = self._at(self._account.place())
             return self._there
 
-    def _find_again(self, left: tuple[Place, Pool]) -> None:
+    def _find_again(self, left: tuple[Place, Pool], region: str) -> None:
         with self._lock:
             if self._there is left and not self._closed:
-                self._there = self._at(self._account.moved_place())
+                self._there = self._at(self._account.moved_place(region))
                 left[1].close()
 
     def _at(self, place: Place) -> tuple[Place, Pool]:
@@ -136,9 +137,11 @@ class Caller:
         return place, Pool(route, self._options.max_connections)
 
 
-def _told(answer: Answer) -> bytes:
-    """The body of an answer that refuses; none where it cannot be read: the status was."""
+def _refused(answer: Answer) -> Refused:
     try:
-        return answer.small()
-    except (Trouble, Garbled):
-        return b""
+        body = answer.small()
+    except (Trouble, Garbled):  # the status was understood all the same
+        body = b""
+    code, region = _CODE.search(body), _REGION.search(body)
+    there = answer.headers.get("x-amz-bucket-region", "") or (region[1].decode() if region else "")
+    return Refused(answer.status, code[1].decode() if code else "", there if _NAME.fullmatch(there) else None)

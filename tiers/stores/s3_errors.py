@@ -13,12 +13,13 @@ from lmcache_s3.tiers.stores.http_head import Garbled
 
 
 class Refused(Exception):
-    """An answer other than 2xx. code: S3's word for it, "" where there is none."""
+    """An answer other than 2xx. code: S3's word for it, "" where there is none. region: of the bucket, if told."""
 
-    def __init__(self, status: int, code: str) -> None:
+    def __init__(self, status: int, code: str, region: str | None = None) -> None:
         super().__init__(f"{status} {code}")
         self.status = status
         self.code = code
+        self.region = region
 
     @property
     def moved(self) -> bool:

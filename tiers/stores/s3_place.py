@@ -57,34 +57,18 @@ class Account:
     def __init__(self, bucket: str, options: StoreOptions) -> None:
         """Raises botocore's exceptions, and ValueError for an `endpoint_url` that is no URL."""
         self._bucket = bucket
-        session = botocore.session.Session(profile=options.profile)
-        session.register_component("data_loader", _api_loader())
-        boto = boto3.Session(botocore_session=session)
-        self._session = session
-        self._ca_bundle = options.ca_bundle
+        self._options = options
         self._payer = {"x-amz-request-payer": "requester"} if options.requester_pays else {}
-        self.client: Any = boto.client(
-            "s3",
-            endpoint_url=options.endpoint_url,
-            region_name=options.region or boto.region_name or os.environ.get("AWS_REGION"),
-            verify=options.ca_bundle,
-            config=botocore.config.Config(
-                connect_timeout=options.connect_timeout_s,
-                read_timeout=options.request_timeout_s,
-                max_pool_connections=options.max_connections,
-                retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-                tcp_keepalive=True,
-                s3={"addressing_style": options.addressing_style},
-            ),
-        )
-        # boto3 tells where a request would go just before it is signed; no request is made.
-        self.client.meta.events.register("before-sign.s3.GetObject", _stop)
-        self._credentials = session.get_credentials()
+        self._session = botocore.session.Session(profile=options.profile)
+        self._session.register_component("data_loader", _api_loader())
+        self._boto = boto3.Session(botocore_session=self._session)
+        self.client = self._client(options.region)
+        self._credentials = self._session.get_credentials()
 
     @property
     def ca_file(self) -> str:
         """PEM file of the CAs that an https endpoint is checked against."""
-        configured = self._ca_bundle or self._session.get_config_variable("ca_bundle") or True
+        configured = self._options.ca_bundle or self._session.get_config_variable("ca_bundle") or True
         file: str = botocore.httpsession.get_cert_path(configured)
         return file
 
@@ -103,9 +87,10 @@ class Account:
             return Place(parts.scheme, parts.netloc, parts.path[:-1], found.region, found.service)
         raise AssertionError("unreachable")
 
-    def moved_place(self) -> Place:
-        """Again, after the server said that the bucket is elsewhere: boto3's LIST follows to the right region."""
-        self.client.list_objects_v2(Bucket=self._bucket, MaxKeys=1, **self.list_arguments)
+    def moved_place(self, region: str) -> Place:
+        """Again, after the server said that the bucket is in `region`. LIST goes there, too, from now on."""
+        left, self.client = self.client, self._client(region)
+        left.close()
         return self.place()
 
     @property
@@ -129,6 +114,26 @@ class Account:
         frozen = self._credentials.get_frozen_credentials()
         _Signer(frozen, place.service, place.region).add_auth(request)
         return path, dict(request.headers.items())
+
+    def _client(self, region: str | None) -> Any:
+        options = self._options
+        client = self._boto.client(
+            "s3",
+            endpoint_url=options.endpoint_url,
+            region_name=region or self._boto.region_name or os.environ.get("AWS_REGION"),
+            verify=options.ca_bundle,
+            config=botocore.config.Config(
+                connect_timeout=options.connect_timeout_s,
+                read_timeout=options.request_timeout_s,
+                max_pool_connections=options.max_connections,
+                retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+                tcp_keepalive=True,
+                s3={"addressing_style": options.addressing_style},
+            ),
+        )
+        # boto3 tells where a request would go just before it is signed; no request is made.
+        client.meta.events.register("before-sign.s3.GetObject", _stop)
+        return client
 
 
 class _Signer(botocore.auth.S3SigV4Auth):
