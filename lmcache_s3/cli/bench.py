@@ -53,6 +53,18 @@ def codecs(
 
 
 @app.command()
+def soak(
+    json_path: JsonPath = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="How long.")] = 30.0,
+    url: Annotated[
+        str | None, typer.Option(help="Root of a cache that may be filled; default: an S3 server of its own.")
+    ] = None,
+) -> None:
+    """Stores and loads through all tiers at once, every byte checked, budgets and memory watched."""
+    run("soak", json_path=json_path, minutes=minutes, url=url)
+
+
+@app.command()
 def gpu(json_path: JsonPath = None) -> None:
     """Codec cachegen on this machine's GPU: its bits against the CPU's, then its speed. Exit 2 without a GPU."""
     with errors_to_exit():
