@@ -27,7 +27,7 @@ from lmcache_s3.analysis.catalog import tending
 from lmcache_s3.benchmarks.figures import Figure, report
 from lmcache_s3.cache import Cache
 from lmcache_s3.config import load_settings
-from lmcache_s3.errors import LMCacheS3Error, Unavailable
+from lmcache_s3.errors import Unavailable
 from lmcache_s3.identity import KVGroup, Space
 from lmcache_s3.index.gc import Collector, GcSettings
 from lmcache_s3.testing.servers import SeaweedFS
@@ -87,7 +87,7 @@ class Soak:
         self._cache, self._disk_path, self._tally = cache, disk_path, tally
         self._stop = threading.Event()
         self._turns = Counter[int]()
-        self._begin = time.monotonic()
+        self._begin = self._next_store_s = time.monotonic()
 
     def run(self, seconds: float) -> None:
         """Raises what a thread raised."""
@@ -105,19 +105,26 @@ class Soak:
         rng = np.random.default_rng(seed)
         while not self._stop.is_set():
             chat = min(int(rng.zipf(1.2)) - 1, _CHATS - 1) if rng.random() < 0.5 else int(rng.integers(_CHATS))
-            with self._tally.lock:
-                known = self._turns[chat]
-                turn = min(_MOST_CHUNKS, known + int(rng.integers(0, 4)))
-                self._turns[chat] = max(turn, known)
-            self._load(chat, turn)
+            known, turn = self._next_turn(chat, int(rng.integers(0, 4)))
+            self._load(chat, known)
             if turn > known:
                 self._store(chat, turn)
-                new_bytes = (turn - known) * self._cache.space.geometry.chunk_bytes
-                self._stop.wait(new_bytes * _THREADS / _STORED_BYTES_PER_S)
-            elif rng.random() < 0.02:
+            elif rng.random() < 0.01:
                 with self._tally.lock:
-                    self._turns[chat] = 0  # a chat that was collected in the bucket begins anew
+                    self._turns[chat] = 0  # what was collected in the bucket is stored anew
             self._stop.wait(0.02)
+
+    def _next_turn(self, chat: int, new_chunks: int) -> tuple[int, int]:
+        """(chunks that the chat has, chunks it will have); no new ones while enough was stored lately."""
+        now = time.monotonic()
+        with self._tally.lock:
+            known = self._turns[chat]
+            turn = min(_MOST_CHUNKS, known + new_chunks) if now >= self._next_store_s else known
+            self._turns[chat] = turn
+            new_bytes = (turn - known) * self._cache.space.geometry.chunk_bytes
+            if new_bytes:
+                self._next_store_s = now + new_bytes / _STORED_BYTES_PER_S
+            return known, turn
 
     def _load(self, chat: int, n_chunks: int) -> None:
         if not n_chunks:
