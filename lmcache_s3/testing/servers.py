@@ -201,6 +201,10 @@ class S3Server:
             time.sleep(0.05)
 
 
+VIRTUAL_DOMAIN = "s3.test"
+"""Requests to `<bucket>.s3.test` name the bucket by its host. Nothing resolves that: go through a proxy that does."""
+
+
 class SeaweedFS(S3Server):
     """One SeaweedFS process: master, volume server, filer, S3 gateway. Starts in about four seconds.
 
@@ -242,7 +246,7 @@ class SeaweedFS(S3Server):
             "volume.port.grpc": volume_rpc, "filer.port": filer, "filer.port.grpc": filer_rpc,
             "filer.localSocket": self.state / "filer.sock", "s3.port": s3, "s3.port.grpc": s3_rpc,
             "s3.localSocket": self.state / "s3.sock", "s3.port.iceberg": 0, "s3.port.lance": 0,
-            "s3.config": config,
+            "s3.config": config, "s3.domainName": VIRTUAL_DOMAIN,
             # nothing sent to its makers; small volumes, no preallocation, as many as buckets need
             "master.telemetry": "false", "master.volumePreallocate": "false", "master.volumeSizeLimitMB": 256,
             "volume.max": 0, "volume.preStopSeconds": 0,

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lmcache_s3.errors import Unavailable
+from lmcache_s3.errors import Invalid, Unavailable
 from lmcache_s3.tiers.stores.http_connection import Trouble
 from lmcache_s3.tiers.stores.http_head import Garbled
 from lmcache_s3.tiers.stores.http_pool import Answer, Pool, route_to
@@ -128,12 +128,18 @@ class Caller:
                 left[1].close()
 
     def _at(self, place: Place) -> tuple[Place, Pool]:
-        route = route_to(
-            place.url,
-            ca_file=self._account.ca_file,
-            connect_timeout_s=self._options.connect_timeout_s,
-            silence_s=self._options.request_timeout_s,
-        )
+        ca_file = self._account.ca_file
+        try:
+            route = route_to(
+                place.url,
+                ca_file=ca_file,
+                connect_timeout_s=self._options.connect_timeout_s,
+                silence_s=self._options.request_timeout_s,
+            )
+        except OSError as e:
+            raise Invalid(
+                f"ca_bundle: {ca_file} holds no certificates; name a PEM file", kind="setting", key="ca_bundle"
+            ) from e
         return place, Pool(route, self._options.max_connections)
 
 
