@@ -1,9 +1,12 @@
-"""The disk tier: one file a cell, below `<path>/cells/<2 hex>/<extent name>.<shard>.<position>`. Survives a restart.
+"""The disk tier: cells in segment files (`segments.py`), and a journal that is their index. Survives a restart.
 
-A file is written under a name of its own and renamed when whole. Nothing is ever fsynced: this is a cache, and what a
-power cut leaves half-written is found by the checksum that every read verifies. At start the bookkeeping is made again
-from names, sizes and modification times (each use sets them, so the order of use survives), and what is over the budget
-goes. One process owns a directory at a time, by a lock file.
+`put` returns when both have been given to the kernel: a killed process loses nothing that was kept. Nothing is ever
+fsynced: this is a cache, and what a power cut leaves half-written is found by the checksum that every read verifies.
+At start the bookkeeping is made again from the journal alone, in order of use; what is not in it is freed, and what is
+over the budget goes. One process owns a directory at a time, by a lock file.
+
+Why so (measured, ARCHITECTURE.md): a file a cell costs a system call and an inode to open, and a stat each at start; a
+log whose live cells are copied forward writes everything about twice when the policy, not age, says what goes.
 Raises `Invalid` (setting disk_path) at start if the directory cannot be used, then what the port says: `Missing`
 when a file was taken away, `Unusable` for wrong bytes, else `Unavailable` (full, or kind `io`: read-only, failing).
 """
@@ -13,53 +16,108 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import itertools
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from lmcache_s3.errors import Invalid, Missing, Unavailable, Unusable
-from lmcache_s3.tiers.lru import CellKey, LRUTier, key_of
+from lmcache_s3.tiers.budgeted import BudgetedTier, Entry, place_of
+from lmcache_s3.tiers.buffers import BufferPool
+from lmcache_s3.tiers.eviction.base import EvictionPolicy
+from lmcache_s3.tiers.journal import (
+    RECORD_BYTES,
+    Contents,
+    Held,
+    JournalFile,
+    can_hold,
+    encode_gone,
+    encode_held,
+    encode_used,
+)
+from lmcache_s3.tiers.segments import SEGMENT_BYTES, Place, Segments, blocks_of, runs_of
 from lmcache_s3.tiers.verify import verify, where
-from lmcache_s3.types import Buffer, CellRef, ExtentName
+from lmcache_s3.types import Buffer, CellRef
 
-_FILE = re.compile(r"(.+)\.(0|[1-9][0-9]{0,8})\.(0|[1-9][0-9]{0,8})", re.ASCII)
-_TEMPORARY = ".writing-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OLD_FILE = re.compile(r"\.writing-.*|[0-9a-f]{32}\.[^/]+-[0-9a-f]{32}\.[0-9]+\.[0-9]+", re.ASCII)
+
+FIXED_BYTES = 128 << 10
+"""Of the budget, for directories, the lock and the journal's slack."""
+CELL_BYTES = 512
+"""Of the budget for each cell besides its bytes: its records in the journal (and in a new one while that is rewritten),
+its share of the file system's own."""
+_SLACK_BYTES = 64 << 10
+_NOTES = 256
+_READ_BYTES = 16 << 20
+"""Most that is read at once: cells are verified while they are still in the processor's cache, or nearly."""
 
 
-class DiskTier(LRUTier[Path]):
-    """Cells in files, at most `budget_bytes` of them (file contents; directories and block rounding are not counted).
+@dataclass(slots=True, eq=False)
+class _Kept:
+    """A cell on disk. recorded: the journal says so."""
 
-    clock_ns: wall clock in nanoseconds, for modification times only.
+    id: int
+    cell: CellRef
+    place: Place
+    used_s: float
+    recorded: bool = False
+
+
+class DiskTier(BudgetedTier[_Kept]):
+    """Cells on disk, which with all that belongs to them take at most `budget_bytes` of its blocks.
+
+    clock: wall clock in seconds, for the order of use only. keep_buffers_bytes: memory kept for the next reads.
     """
 
-    def __init__(self, path: str | os.PathLike[str], budget_bytes: int, *, clock_ns: Callable[[], int] = time.time_ns):
-        super().__init__("disk", budget_bytes)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        budget_bytes: int,
+        *,
+        eviction: EvictionPolicy | None = None,
+        chunk_tokens: int = 256,
+        clock: Callable[[], float] = lambda: time.time_ns() / 1e9,
+        segment_bytes: int = SEGMENT_BYTES,
+        keep_buffers_bytes: int = 64 << 20,
+    ) -> None:
+        super().__init__("disk", budget_bytes, eviction=eviction, chunk_tokens=chunk_tokens, clock=clock)
+        if budget_bytes <= FIXED_BYTES:
+            raise Invalid(
+                f"disk_bytes={budget_bytes}: a disk tier needs more than {FIXED_BYTES >> 10}KiB",
+                kind="setting",
+                key="disk_bytes",
+            )
+        self._most_bytes = budget_bytes - FIXED_BYTES
         self._root = Path(path)
-        self._cells = self._root / "cells"
-        self._clock_ns = clock_ns
-        self._last_ns = 0
-        self._serial = itertools.count()
+        self._buffers = BufferPool(keep_buffers_bytes)
+        self._journal_lock = threading.Lock()  # taken after the tier's own, where both are
+        self._journal = JournalFile(self._root / "journal")
+        self._gone: list[int] = []
+        self._used_s: dict[int, float] = {}
+        self._uses = 0
+        self._next_id = 0
         try:
-            self._cells.mkdir(parents=True, exist_ok=True)
+            (self._root / "segments").mkdir(parents=True, exist_ok=True)
             self._lock_fd = os.open(self._root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as e:
-            raise Invalid(
-                f"disk_path={self._root}: {e.strerror}; give a directory that can be written",
-                kind="setting",
-                key="disk_path",
-            ) from e
+            raise self._invalid(f"{e.strerror}; give a directory that can be written") from e
         try:
             self._own()
-            self._restore(self._scan())
+            self._segments = Segments(self._root / "segments", segment_bytes)
+            self._load()
+        except OSError as e:
+            os.close(self._lock_fd)
+            raise self._invalid(f"{e.strerror}; give a directory that can be written") from e
         except BaseException:
             os.close(self._lock_fd)
             raise
+
+    def _invalid(self, why: str) -> Invalid:
+        return Invalid(f"disk_path={self._root}: {why}", kind="setting", key="disk_path")
 
     def _own(self) -> None:
         try:
@@ -71,88 +129,117 @@ class DiskTier(LRUTier[Path]):
                 key="disk_path",
             ) from e
 
-    def _scan(self) -> Iterator[tuple[CellKey, Path, int]]:
-        """What earlier processes left, least recently used first. Half-written files go; strangers are left alone."""
-        found: list[tuple[int, CellKey, Path, int]] = []
-        try:
-            for folder in sorted(self._cells.iterdir()):
-                for entry in os.scandir(folder) if folder.is_dir() else ():
-                    if entry.name.startswith(_TEMPORARY):
-                        os.unlink(entry.path)
-                        continue
-                    key = _parse(entry.name)
-                    if key is None or entry.name[:2] != folder.name or not entry.is_file(follow_symlinks=False):
-                        continue
-                    info = entry.stat(follow_symlinks=False)
-                    found.append((info.st_mtime_ns, key, Path(entry.path), info.st_size))
-        except OSError as e:
-            raise Invalid(f"disk_path={self._root}: {e.strerror}", kind="setting", key="disk_path") from e
-        found.sort(key=lambda one: one[0])
-        self._last_ns = found[-1][0] if found else 0
-        for _, key, file, n_bytes in found:
-            yield key, file, n_bytes
+    # --- at start
 
-    def _write(self, cell: CellRef, data: Buffer) -> Path:
-        file = self._file(key_of(cell))
-        temporary = file.with_name(f"{_TEMPORARY}{os.getpid()}-{next(self._serial)}")
-        try:
-            file.parent.mkdir(exist_ok=True)
-            with open(temporary, "xb", buffering=0) as f:
-                view = memoryview(data).cast("B")
-                while view.nbytes:
-                    view = view[f.write(view) :]
-            stamp = self._next_ns()
-            os.utime(temporary, ns=(stamp, stamp))
-            os.rename(temporary, file)
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise self._unavailable(e) from e
-        return file
+    def _load(self) -> None:
+        """Raises `OSError`."""
+        _remove_old_layout(self._root / "cells")
+        contents = self._journal.read()
+        self._next_id = contents.next_id
+        found = sorted(_one_a_place(contents).values(), key=lambda one: (one.used_s, one.id))
+        places = [Place(one.segment, one.start, one.cell.length) for one in found]
+        there = self._segments.recover(places)
+        kept = [
+            _Kept(one.id, one.cell, place, one.used_s, recorded=True)
+            for one, place, here in zip(found, places, there, strict=True)
+            if here
+        ]
+        self._restore((self._item(one.cell), one.cell.extent, one, one.used_s) for one in kept)
+        self._journal.open(contents.n_bytes)  # also behind torn frames: what follows them is found again
+        if contents.torn or len(self._entries) < len(contents.held) or self._too_long(contents.n_bytes):
+            with contextlib.suppress(OSError):  # a full disk: then later
+                self._rewrite()
 
-    def _read(self, cell: CellRef, held: Path) -> Buffer:
+    # --- hooks
+
+    def _room_of(self, length: int) -> int:
+        return blocks_of(length + CELL_BYTES)
+
+    def _allot(self, cell: CellRef, n_bytes: int) -> _Kept | None:
+        if not can_hold(cell):
+            return None
         try:
-            with open(held, "rb", buffering=0) as f:
-                n_bytes = os.fstat(f.fileno()).st_size
-                if n_bytes != cell.length:  # before memory is allocated
-                    kind = "truncated" if n_bytes < cell.length else "oversized"
-                    raise Unusable(f"{where(cell)} has {n_bytes} bytes on disk", kind=kind, key=str(cell.extent))
-                buffer = np.empty(n_bytes, np.uint8).data
-                filled = 0
-                while filled < n_bytes:
-                    got = f.readinto(buffer[filled:])
-                    if not got:
-                        raise Unusable(f"{where(cell)} was cut short", kind="truncated", key=str(cell.extent))
-                    filled += got
-        except FileNotFoundError as e:
-            raise Missing(f"{where(cell)} is gone from the disk", key=str(cell.extent)) from e
+            place = self._segments.allot(cell.length)
         except OSError as e:
             raise self._unavailable(e) from e
-        data = buffer.toreadonly()
-        verify(cell, data)
-        return data
+        self._next_id += 1
+        return _Kept(self._next_id - 1, cell, place, self._last_s)
 
-    def _drop(self, key: CellKey, held: Path) -> None:
+    def _write(self, cells: Sequence[tuple[CellRef, _Kept, Buffer]]) -> None:
         try:
-            os.unlink(held)
-        except FileNotFoundError:
-            pass
+            self._segments.write([(kept.place, data) for _, kept, data in cells])
+            frames = encode_held([_held(kept) for _, kept, _ in cells])
+            with self._journal_lock:
+                self._journal.append(frames)
+                for _, kept, _ in cells:
+                    kept.recorded = True
+                too_long = self._too_long(self._journal.n_bytes)
         except OSError as e:
             raise self._unavailable(e) from e
+        if too_long:
+            with self._lock, contextlib.suppress(OSError):  # then it is tried again after the next
+                self._rewrite()
 
-    def _touched(self, held: Path) -> None:
-        stamp = self._next_ns()
-        with contextlib.suppress(OSError):  # an order of use that is a little wrong harms nobody
-            os.utime(held, ns=(stamp, stamp))
+    def _read(self, cells: Sequence[tuple[CellRef, _Kept]]) -> list[Buffer | Unusable]:
+        out: list[Buffer | Unusable] = []
+        for run in _bounded(runs_of([kept.place for _, kept in cells]), [cell.length for cell, _ in cells]):
+            some = cells[run.start : run.stop]
+            places = [kept.place for _, kept in some]
+            buffer = self._buffers.take(places[-1].start + places[-1].n_bytes - places[0].start)
+            try:
+                came = self._segments.read(places, buffer)
+            except OSError as e:
+                raise self._unavailable(e) from e
+            for (cell, _), place, n_bytes in zip(some, places, came, strict=True):
+                start = place.start - places[0].start
+                out.append(_judge(cell, buffer[start : start + max(n_bytes, 0)].toreadonly(), gone=n_bytes < 0))
+        return out
 
-    def _next_ns(self) -> int:
-        """A modification time above all earlier ones, so that the order of use can be read off the files."""
-        self._last_ns = max(self._last_ns + 1, self._clock_ns())
-        return self._last_ns
+    def _drop(self, held: _Kept, n_bytes: int) -> int:
+        try:
+            self._segments.free(held.place)
+        except OSError as e:
+            raise self._unavailable(e) from e
+        if held.recorded:
+            self._gone.append(held.id)
+            self._used_s.pop(held.id, None)
+            if len(self._gone) >= _NOTES:
+                self._note()
+        return n_bytes
 
-    def _file(self, key: CellKey) -> Path:
-        name = str(key[0])
-        return self._cells / name[:2] / f"{name}.{key[1]}.{key[2]}"
+    def _used(self, entries: Sequence[Entry[_Kept]], now_s: float) -> None:
+        for entry in entries:
+            entry.held.used_s = now_s
+            self._used_s[entry.held.id] = now_s
+        self._uses += len(entries)
+        if self._uses >= _NOTES:
+            self._note()
+
+    # --- the journal, with the tier's lock
+
+    def _note(self) -> None:
+        """Write down what went and what was used. If that fails, a restart finds out by itself, or does not know."""
+        frames = encode_gone(self._gone) if self._gone else b""
+        by_time: dict[float, list[int]] = {}
+        for one, used_s in self._used_s.items():
+            by_time.setdefault(used_s, []).append(one)
+        frames += b"".join(encode_used(ids, used_s) for used_s, ids in by_time.items())
+        self._gone.clear()
+        self._used_s.clear()
+        self._uses = 0
+        with self._journal_lock, contextlib.suppress(OSError):
+            self._journal.append(frames)
+
+    def _too_long(self, n_bytes: int) -> bool:
+        return n_bytes > 2 * len(self._entries) * RECORD_BYTES + _SLACK_BYTES
+
+    def _rewrite(self) -> None:
+        """A new journal of what is held now. Raises `OSError`; the old one goes on then."""
+        with self._journal_lock:
+            held = [_held(entry.held) for entry in self._entries.values() if entry.held.recorded]
+            self._journal.rewrite(encode_held(held))
+            self._gone.clear()
+            self._used_s.clear()
 
     def _unavailable(self, e: OSError) -> Unavailable:
         kind = "full" if e.errno in _FULL else "io"
@@ -163,14 +250,55 @@ class DiskTier(LRUTier[Path]):
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self._note()
+                with self._journal_lock:
+                    self._journal.close()
+                self._segments.close()
+                self._buffers.close()
                 os.close(self._lock_fd)
 
 
-def _parse(text: str) -> CellKey | None:
-    m = _FILE.fullmatch(text)
-    if m is None:
-        return None
+def _held(kept: _Kept) -> Held:
+    return Held(kept.id, kept.used_s, kept.cell, kept.place.segment, kept.place.start)
+
+
+def _judge(cell: CellRef, data: Buffer, *, gone: bool) -> Buffer | Unusable:
+    if gone:
+        return Missing(f"{where(cell)} is gone from the disk", key=str(cell.extent))
     try:
-        return (ExtentName.parse(m[1]), int(m[2]), int(m[3]))
-    except Unusable:
-        return None
+        verify(cell, data)
+    except Unusable as e:
+        return e
+    return data
+
+
+def _bounded(runs: Sequence[range], lengths: Sequence[int]) -> Iterator[range]:
+    """The same runs, cut where one would be read in too large a piece."""
+    for run in runs:
+        first, n_bytes = run.start, 0
+        for i in run:
+            if i > first and n_bytes + lengths[i] > _READ_BYTES:
+                yield range(first, i)
+                first, n_bytes = i, 0
+            n_bytes += lengths[i]
+        yield range(first, run.stop)
+
+
+def _one_a_place(contents: Contents) -> dict[bytes, Held]:
+    """The latest cell of each place."""
+    return {place_of(one.cell): one for one in contents.held.values()}
+
+
+def _remove_old_layout(folder: Path) -> None:
+    """Before 0.2 there was a file a cell below `cells/`: nothing reads those any more. Strangers' files stay."""
+    if not folder.is_dir():
+        return
+    for part in list(folder.iterdir()):
+        if part.is_dir() and not part.is_symlink():
+            for file in list(part.iterdir()):
+                if _OLD_FILE.fullmatch(file.name):
+                    file.unlink()
+            with contextlib.suppress(OSError):  # not empty
+                part.rmdir()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
