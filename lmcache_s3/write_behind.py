@@ -14,6 +14,10 @@ PRESSURE = 0.75
 """`max_bytes` as a part of the memory for what rests: what comes while uploads make room has room itself."""
 
 
+_NEARLY = 0.75
+"""When one run is old enough, those of so much of that age go with it: they share a version of the index."""
+
+
 @dataclass(slots=True)
 class Run:
     """Consecutive chunks of one prompt that rest. parent: prefix hash of the chunk before the first. n_bytes: of all of
@@ -67,8 +71,11 @@ class WriteBehind:
     def due(self, now_s: float) -> list[Run]:
         """Take what is to go up now, oldest first."""
         due: list[Run] = []
+        next_due_s = self.next_due_s
+        anyway = next_due_s is not None and now_s >= next_due_s
+        age_s = _NEARLY * self._age_s if anyway else self._age_s
         for first, run in list(self._runs.items()):
-            old = now_s >= run.since_s + self._age_s
+            old = now_s >= run.since_s + age_s
             if old or len(run.hashes) >= self._extent_chunks or self.n_bytes > self._max_bytes:
                 due.append(self._runs.pop(first))
                 del self._ends[run.hashes[-1]]

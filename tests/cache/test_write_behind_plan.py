@@ -31,6 +31,16 @@ def test_turns_of_a_chat_go_up_together_when_the_first_is_old() -> None:
     assert behind.next_due_s is None
 
 
+def test_what_is_nearly_old_enough_goes_along() -> None:
+    behind = plan()
+    behind.add(h(0)[0], h(1), 10, 0.0)
+    behind.add(h(10)[0], h(11), 10, 2.5)
+    behind.add(h(20)[0], h(21), 10, 2.6)
+    assert behind.due(9.9) == []
+    assert [run.hashes for run in behind.due(10.0)] == [h(1), h(11)]
+    assert behind.next_due_s == 12.6
+
+
 def test_an_extents_worth_goes_at_once_and_what_is_left_waits() -> None:
     behind = plan()
     behind.add(h(0)[0], h(1, 2, 3), 30, 0.0)
