@@ -1,6 +1,6 @@
-"""What others need for the same bytes: obstore's ranges and puts, and plain zarr over s3fs.
+"""What clients need for the same bytes: obstore, boto3 and ours by ranges and puts, and plain zarr over s3fs.
 
-Each client works in a process of its own, so that its CPU time is its own; it starts once and waits for orders, so that
+Each works in a process of its own, so that its CPU time is its own; it starts once and waits for orders, so that
 a benchmark can alternate between it and us. What was read is checked for its length and dropped. Raises `Unavailable`
 where the client fails or its package is missing.
 """
@@ -10,15 +10,20 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, Protocol
 
 from lmcache_s3.errors import Unavailable
+from lmcache_s3.tiers.stores.open import open_store
+from lmcache_s3.tiers.stores.options import StoreOptions
+
+Client = Literal["ours", "obstore", "boto3"]
 
 
 @dataclass(frozen=True)
@@ -66,22 +71,25 @@ class Meter:
 class RawClient:
     """`with RawClient("s3://bucket/prefix", server.env()) as raw:` then any of its orders, one at a time.
 
-    environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION.
+    environment: AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION. client: that gets and puts.
+    busy: a thread of Python code runs beside them, as an engine's does; its CPU time is in `cpu_s`.
     """
 
-    def __init__(self, url: str, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, url: str, environment: Mapping[str, str], client: Client = "obstore", *, busy: bool = False
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, url, dict(environment)), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, url, dict(environment), client, busy), daemon=True)
         self._process.start()
         theirs.close()
 
     def get(self, ranges: Sequence[Range], at_once: int) -> Spent:
-        """obstore `get_range` of each into memory of obstore's own, by `at_once` threads."""
+        """Each read into memory (obstore: of its own), by `at_once` threads."""
         return self._order("get", list(ranges), at_once)
 
     def put(self, sizes: Mapping[str, int], at_once: int) -> Spent:
-        """obstore `put` (one PutObject each) of so many random bytes under each key, by `at_once` threads."""
+        """One PutObject of so many random bytes under each key, by `at_once` threads."""
         return self._order("put", dict(sizes), at_once)
 
     def zarr(self, arrays: Sequence[str], at_once: int) -> Spent:
@@ -110,44 +118,122 @@ class RawClient:
         return answer
 
 
-def _serve(pipe: Connection, url: str, environment: Mapping[str, str]) -> None:
+def _serve(pipe: Connection, url: str, environment: Mapping[str, str], client: Client, busy: bool) -> None:
     os.environ.update(environment)
+    if busy:
+        threading.Thread(target=_spin, daemon=True).start()
     pool = ThreadPoolExecutor(64)
-    clients: dict[str, Callable[[Any, int, ThreadPoolExecutor], Spent]] = {}
+    orders: dict[str, Callable[[Any, int, ThreadPoolExecutor], Spent]] = {}
     while True:
         try:
             verb, what, at_once = pipe.recv()
         except (EOFError, OSError):
             return
         try:
-            if verb not in clients:
-                clients.update(_zarr_client(url) if verb == "zarr" else _obstore_client(url))
-            pipe.send(clients[verb](what, at_once, pool))
+            if verb not in orders:
+                orders.update(_zarr_orders(url) if verb == "zarr" else _orders(_CLIENTS[client](url)))
+            pipe.send(orders[verb](what, at_once, pool))
         except Exception as e:  # noqa: BLE001 (whatever another client raises is told to the process that ordered)
             pipe.send(f"{type(e).__name__}: {e}"[:500])
 
 
-def _obstore_client(url: str) -> dict[str, Callable[[Any, int, ThreadPoolExecutor], Spent]]:
-    import obstore
-    from obstore.store import S3Store
+class _Gets(Protocol):
+    def get(self, one: Range) -> int:
+        """Bytes read."""
+        ...
 
-    bucket, _, prefix = url.removeprefix("s3://").partition("/")
-    store = S3Store(
-        bucket,
-        prefix=prefix,
-        endpoint=os.environ["AWS_ENDPOINT_URL"],
-        virtual_hosted_style_request=False,
-        unsigned_payload=True,
-        client_options={"allow_http": True},
-    )
+    def put(self, key: str, body: bytes) -> None: ...
 
-    def get_one(one: Range) -> int:
-        return len(obstore.get_range(store, one.key, start=one.start, end=one.end))
 
+class _Obstore:
+    def __init__(self, url: str) -> None:
+        import obstore
+        from obstore.store import S3Store
+
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self._obstore = obstore
+        self._store = S3Store(
+            bucket,
+            prefix=prefix,
+            endpoint=os.environ["AWS_ENDPOINT_URL"],
+            virtual_hosted_style_request=False,
+            unsigned_payload=True,
+            client_options={"allow_http": True},
+        )
+
+    def get(self, one: Range) -> int:
+        return len(self._obstore.get_range(self._store, one.key, start=one.start, end=one.end))
+
+    def put(self, key: str, body: bytes) -> None:
+        self._obstore.put(self._store, key, body, use_multipart=False)
+
+
+class _Ours:
+    def __init__(self, url: str) -> None:
+        self._store = open_store(url, options=StoreOptions(max_connections=64))
+        self._threads = threading.local()
+
+    def get(self, one: Range) -> int:
+        into = _memory(self._threads, one.end - one.start)
+        self._store.get_into(one.key, one.start, into)
+        return len(into)
+
+    def put(self, key: str, body: bytes) -> None:
+        self._store.put(key, body)
+
+
+class _Boto3:
+    """As thrifty as boto3 can be: no checksums of its own, read into given memory, no pause before a body."""
+
+    def __init__(self, url: str) -> None:
+        import boto3
+        import botocore.config
+        import botocore.handlers
+
+        self._bucket, _, self._prefix = url.removeprefix("s3://").partition("/")
+        self._client: Any = boto3.client(
+            "s3",
+            config=botocore.config.Config(
+                max_pool_connections=64,
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+        self._client.meta.events.unregister("before-call.s3", botocore.handlers.add_expect_header)
+        self._threads = threading.local()
+
+    def get(self, one: Range) -> int:
+        into = _memory(self._threads, one.end - one.start)
+        asked = {
+            "Bucket": self._bucket,
+            "Key": f"{self._prefix}/{one.key}",
+            "Range": f"bytes={one.start}-{one.end - 1}",
+        }
+        done = 0
+        with self._client.get_object(**asked)["Body"] as body:
+            while n := body.readinto(into[done : done + (1 << 20)]):
+                done += n
+        return done
+
+    def put(self, key: str, body: bytes) -> None:
+        self._client.put_object(Bucket=self._bucket, Key=f"{self._prefix}/{key}", Body=body)
+
+
+_CLIENTS: dict[Client, Callable[[str], _Gets]] = {"ours": _Ours, "obstore": _Obstore, "boto3": _Boto3}
+
+
+def _memory(threads: threading.local, n_bytes: int) -> memoryview:
+    """This thread's buffer: memory that was touched before, as staging memory is."""
+    if getattr(threads, "size", -1) < n_bytes:
+        threads.buffer, threads.size = bytearray(n_bytes), n_bytes
+    return memoryview(threads.buffer)[:n_bytes]
+
+
+def _orders(client: _Gets) -> dict[str, Callable[[Any, int, ThreadPoolExecutor], Spent]]:
     def get(ranges: list[Range], at_once: int, pool: ThreadPoolExecutor) -> Spent:
         wanted = sum(one.end - one.start for one in ranges)
         with Meter() as meter:
-            got = sum(_by_threads(get_one, ranges, at_once, pool))
+            got = sum(_by_threads(client.get, ranges, at_once, pool))
         if got != wanted:
             raise ValueError(f"{got} bytes of {wanted}")
         return meter.spent(got)
@@ -156,7 +242,7 @@ def _obstore_client(url: str) -> dict[str, Callable[[Any, int, ThreadPoolExecuto
         bodies = {size: os.urandom(size) for size in set(sizes.values())}
 
         def put_one(key: str) -> int:
-            obstore.put(store, key, bodies[sizes[key]], use_multipart=False)
+            client.put(key, bodies[sizes[key]])
             return sizes[key]
 
         with Meter() as meter:
@@ -166,7 +252,7 @@ def _obstore_client(url: str) -> dict[str, Callable[[Any, int, ThreadPoolExecuto
     return {"get": get, "put": put}
 
 
-def _zarr_client(url: str) -> dict[str, Callable[[Any, int, ThreadPoolExecutor], Spent]]:
+def _zarr_orders(url: str) -> dict[str, Callable[[Any, int, ThreadPoolExecutor], Spent]]:
     import zarr
     from zarr.storage import FsspecStore
 
@@ -195,6 +281,11 @@ def _by_threads(work: Callable[[Any], int], items: Sequence[Any], at_once: int, 
         return sum(work(item) for item in left)
 
     return list(pool.map(one_thread, range(min(at_once, len(items)))))
+
+
+def _spin() -> None:
+    while True:
+        sum(range(100))
 
 
 def _cpu_s() -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import closing
+from typing import get_args
 
 import pytest
 
-from lmcache_s3.benchmarks.transfer_raw import Range, RawClient
+from lmcache_s3.benchmarks.transfer_raw import Client, Range, RawClient
 from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.errors import Unavailable
 from lmcache_s3.testing.extents import make_extent
@@ -15,6 +16,15 @@ from lmcache_s3.tiers.stores.open import open_store
 from lmcache_s3.types import Geometry, Grid
 
 pytestmark = pytest.mark.s3
+
+
+@pytest.mark.parametrize("client", get_args(Client))
+def test_each_client_reads_and_writes(client: Client, bucket_url: str, seaweedfs: SeaweedFS) -> None:
+    with closing(open_store(bucket_url)) as store, RawClient(bucket_url, seaweedfs.env(), client, busy=True) as raw:
+        assert raw.put({f"o{i}": 10_000 + i for i in range(6)}, at_once=3).n_bytes == 60_015
+        assert sum(info.size_bytes for info in store.list("o")) == 60_015
+        assert raw.get([Range(f"o{i}", 10, 5_000 + i) for i in range(6)], at_once=3).n_bytes == 6 * 4_990 + 15
+        assert raw.get([Range("o0", 0, 10_000), Range("o1", 5, 6)], at_once=1).n_bytes == 10_001
 
 
 def test_orders_one_after_another(bucket_url: str, seaweedfs: SeaweedFS) -> None:
