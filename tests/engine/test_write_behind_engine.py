@@ -53,8 +53,8 @@ def test_what_rested_is_shared_and_what_queues_is_prefetched(seaweedfs: SeaweedF
         _, answer = b.ask([other, tokens], OUT, together=True)
         assert answer.cached_tokens == 4 * CHUNK
         assert answer.tokens == again.tokens
+        assert b.stat("worker", "loaded_tokens") == 4 * CHUNK
         stats = b.stats()["scheduler"]
-        assert stats["loaded_tokens"] == 4 * CHUNK
         assert stats["prefetched_requests"] == 1, "the second waits until the first has ended"
         assert stats["internal_errors"] + stats["failed_loads"] == 0
 
