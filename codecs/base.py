@@ -84,6 +84,14 @@ class KVCodec(ABC):
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
         """Stored bytes of a cell. `cell`: shape and storage dtype as the spec says, any strides; not kept."""
 
+    def fixed_bytes(self, spec: CellSpec) -> int | None:
+        """The length of every stored cell of this shape; None where it depends on what is in it."""
+        return None
+
+    def encode_into(self, cell: np.ndarray, spec: CellSpec, position: CellPosition, out: memoryview) -> None:
+        """`encode`, where `fixed_bytes` says a length: into `out`, which has it."""
+        out[:] = self.encode(cell, spec, position)
+
     def view(self, data: Buffer, spec: CellSpec, position: CellPosition | None) -> np.ndarray | None:
         """What `decode` would give, as a read-only view of `data`, where stored bytes are the bits themselves.
 

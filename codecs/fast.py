@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from lmcache_s3.codecs.arrays import check_array, contiguous, raw_bytes, storage_dtype
+from lmcache_s3.codecs.arrays import check_array, raw_bytes, storage_dtype
 from lmcache_s3.codecs.base import JSON, CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.checksum import crc32c
 from lmcache_s3.errors import Unusable
@@ -38,10 +38,20 @@ class FastCodec(KVCodec):
         """Exact: every `fast` cell of a shape has this length."""
         return raw_bytes(spec) + CRC_BYTES
 
+    def fixed_bytes(self, spec: CellSpec) -> int:
+        return self.max_encoded_bytes(spec)
+
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
+        out = bytearray(self.max_encoded_bytes(spec))
+        self.encode_into(cell, spec, position, memoryview(out))
+        return bytes(out)
+
+    def encode_into(self, cell: np.ndarray, spec: CellSpec, position: CellPosition, out: memoryview) -> None:
+        """One copy, from the cell into `out`."""
         check_array(cell, spec, what="cell")
-        bits = contiguous(cell, spec).reshape(-1).view(np.uint8).data
-        return b"".join((bits, crc32c(bits).to_bytes(CRC_BYTES, "little")))
+        bits = out[:-CRC_BYTES]
+        np.copyto(np.frombuffer(bits, storage_dtype(spec)).reshape(spec.shape), cell)
+        out[-CRC_BYTES:] = crc32c(bits).to_bytes(CRC_BYTES, "little")
 
     def view(self, data: Buffer, spec: CellSpec, position: CellPosition | None) -> np.ndarray:
         wanted = self.max_encoded_bytes(spec)

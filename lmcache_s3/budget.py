@@ -23,7 +23,8 @@ class ByteBudget:
         self.total_bytes = total_bytes
         self.held_bytes = 0
         self.peak_bytes = 0
-        self._changed = threading.Condition()
+        # Re-entrant: a buffer may die, and give its bytes back, wherever the collector runs.
+        self._changed = threading.Condition(threading.RLock())
         self._queue: deque[object] = deque()
 
     def wait(self, n_bytes: int, gave_up: Callable[[], bool], poll_s: float = 0.05) -> bool:

@@ -10,15 +10,13 @@ Raises `Unavailable` (timeout: the deadline; cancelled; closed) and whatever the
 from __future__ import annotations
 
 import asyncio
-import heapq
 import threading
-import time
-import weakref
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Generic, TypeVar
 
+from lmcache_s3.alarms import Alarms
 from lmcache_s3.errors import LMCacheS3Error, Unavailable
 
 T = TypeVar("T")
@@ -35,6 +33,7 @@ class Work(Generic[T]):
     def __init__(self, total_bytes: int = 0, on_abort: Callable[[LMCacheS3Error], T] | None = None) -> None:
         self.total_bytes = total_bytes
         self.done_bytes = 0
+        self.deadline_s = 0.0
         self._on_abort = on_abort
         self._gate = threading.Condition()
         self._delivering = 0
@@ -99,6 +98,10 @@ class Work(Generic[T]):
         else:
             self._future.set_result(result)
         return True
+
+    def time_out(self) -> None:
+        """Its deadline has come."""
+        self.abort(Unavailable(f"not done within {self.deadline_s:g} s", kind="timeout"))
 
     def _close(self) -> bool:
         """Shut the gate and wait for deliveries under way (memory copies: short)."""
@@ -196,46 +199,10 @@ class Handle(Generic[T]):
         return work.handle
 
 
-class Deadlines:
-    """One thread that aborts work whose time is up. `clock`: monotonic seconds."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._changed = threading.Condition()
-        # Weak: work that is over, and the buffers its callbacks hold, must not linger until its deadline.
-        self._heap: list[tuple[float, int, float, weakref.ref[Work]]] = []
-        self._count = 0
-        self._closed = False
-        self._thread = threading.Thread(target=self._run, name="lmcache-s3-deadlines", daemon=True)
-        self._thread.start()
+class Deadlines(Alarms):
+    """Aborts work whose time is up."""
 
     def watch(self, work: Work, deadline_s: float) -> None:
         """Abort `work` with `Unavailable(timeout)` in `deadline_s` seconds unless it is over by then."""
-        with self._changed:
-            heapq.heappush(self._heap, (self._clock() + deadline_s, self._count, deadline_s, weakref.ref(work)))
-            self._count += 1
-            self._changed.notify()
-
-    def _run(self) -> None:
-        while True:
-            due: list[tuple[float, weakref.ref[Work]]] = []
-            with self._changed:
-                while self._heap and self._heap[0][0] <= self._clock():
-                    _, _, deadline_s, ref = heapq.heappop(self._heap)
-                    due.append((deadline_s, ref))
-                if not due:
-                    if self._closed:
-                        return
-                    self._changed.wait(max(0.0, self._heap[0][0] - self._clock()) if self._heap else None)
-            for deadline_s, ref in due:
-                work = ref()
-                if work is not None:
-                    work.abort(Unavailable(f"not done within {deadline_s:g} s", kind="timeout"))
-                del work
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._heap.clear()
-            self._changed.notify()
-        self._thread.join(timeout=5.0)
+        work.deadline_s = deadline_s
+        self.after(deadline_s, work.time_out)

@@ -1,27 +1,17 @@
-"""The tiers of a process as one source of cells: fast to slow, the object tier last.
+"""The tiers of a process in order: fast to slow, the object tier last.
 
 Each cell comes from the fastest tier that has it. A tier that fails, or holds damage, is passed over: only the object
-tier's answer is final. Nothing here decodes, and nothing raises for a cell: its error stands in the cell's place.
+tier's answer is final. Nothing here decodes, and nothing raises for a cell.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from lmcache_s3.errors import LMCacheS3Error, Missing, Unusable
+from lmcache_s3.errors import LMCacheS3Error, Unusable
 from lmcache_s3.tiers.base import Tier, TierStats
-from lmcache_s3.tiers.object import ObjectTier, ranges_of
+from lmcache_s3.tiers.object import ObjectTier
 from lmcache_s3.types import Buffer, CellRef
-
-
-@dataclass(frozen=True, slots=True)
-class Fetched:
-    """One answer a cell, in order. level: which tier gave it (index into the stack). requests: GETs made."""
-
-    data: list[Buffer | LMCacheS3Error]
-    levels: list[int]
-    requests: int
 
 
 class TierStack:
@@ -41,22 +31,24 @@ class TierStack:
                 return i
         return None
 
-    def fetch(self, cells: Sequence[CellRef]) -> Fetched:
-        """The cells' bytes, verified. Blocks on I/O."""
-        data: list[Buffer | LMCacheS3Error | None] = [None] * len(cells)
+    def levels(self, cells: Sequence[CellRef]) -> list[int]:
+        """Where each cell is to be had fastest, without I/O; a promise of nothing."""
+        last = len(self.tiers)
+        return [next((i for i, tier in enumerate(self.tiers) if tier.match_prefix([c])), last) for c in cells]
+
+    def fetch_local(self, cells: Sequence[CellRef]) -> tuple[list[Buffer | None], list[int]]:
+        """The cells' bytes, verified, from the tiers before the bucket, and each one's level; None: in none of them.
+
+        Blocks on a disk's I/O.
+        """
+        data: list[Buffer | None] = [None] * len(cells)
         levels = [len(self.tiers)] * len(cells)
         for level, tier in enumerate(self.tiers):
             here = [i for i, one in enumerate(data) if one is None and tier.match_prefix([cells[i]])]
             for i, one in zip(here, _get(tier, [cells[i] for i in here]), strict=True):
-                if not isinstance(one, LMCacheS3Error):
+                if one is not None:
                     data[i], levels[i] = one, level
-        rest = [i for i, one in enumerate(data) if one is None]
-        wanted = [cells[i] for i in rest]
-        requests = sum(1 for _ in ranges_of(wanted))
-        answers = _get(self.bucket, wanted)
-        for i, answer in zip(rest, answers, strict=True):
-            data[i] = answer
-        return Fetched([one for one in data if one is not None], levels, requests)
+        return data, levels
 
     def discard(self, cells: Sequence[CellRef]) -> None:
         """Forget damaged cells everywhere."""
@@ -71,16 +63,15 @@ class TierStack:
             tier.close()
 
 
-def _get(tier: Tier, cells: Sequence[CellRef]) -> list[Buffer | LMCacheS3Error]:
+def _get(tier: Tier, cells: Sequence[CellRef]) -> list[Buffer | None]:
     """`get`, but one damaged cell does not take the others with it."""
     if not cells:
         return []
     try:
         return list(tier.get(cells))
-    except Unusable as e:
-        whole_object_gone = isinstance(e, Missing) and isinstance(tier, ObjectTier)
-        if len(cells) == 1 or whole_object_gone:
-            return [e] * len(cells)
+    except Unusable:
+        if len(cells) == 1:
+            return [None]
         return [_get(tier, [cell])[0] for cell in cells]
-    except LMCacheS3Error as e:
-        return [e] * len(cells)
+    except LMCacheS3Error:
+        return [None] * len(cells)

@@ -1,14 +1,15 @@
 """The data path of one process: tiers, codec, threads and one memory budget. No index: callers bring `ChunkRef`s.
 
-Loads and stores have threads of their own, so that neither waits for the other's I/O; cells fetched from a slow tier
-are kept in the faster ones by a background thread, passed over when it falls behind. Bytes in flight stay within
-`staging_bytes`: loads wait for room within their deadline, uploads are refused, promotions are skipped.
+Loads and stores have threads of their own, for requests (as many at once as pay) and for coding, so that neither waits
+for the other; cells fetched from a slow tier are kept in the faster ones by a background thread, passed over when it
+falls behind. Memory in flight, and what is kept of it for later, stays within `staging_bytes`: loads wait for room
+within their deadline, uploads are refused, promotions are skipped.
 Raises `Invalid` (arguments, settings); everything else ends up in a `LoadReport` or in the handle of an upload.
 """
 
 from __future__ import annotations
 
-import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,22 +18,28 @@ from typing import Any
 
 import numpy as np
 
+from lmcache_s3.alarms import Alarms
 from lmcache_s3.budget import ByteBudget
 from lmcache_s3.calibration_store import attached
 from lmcache_s3.codecs.base import CellSpec, KVCodec
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Unavailable
 from lmcache_s3.extent import shard_index
 from lmcache_s3.handle import Deadlines, Handle, Work
-from lmcache_s3.loading import Codecs, Load, LoadReport, Sink, make_plan
+from lmcache_s3.lane import Lane
+from lmcache_s3.loading import Codecs, LoadReport, Sink, make_plan
 from lmcache_s3.metrics import Metrics
+from lmcache_s3.pipeline import Load, Means, OnFetched
+from lmcache_s3.reading import Reader
 from lmcache_s3.rested_upload import RestedUpload
 from lmcache_s3.resting import RestingTier
 from lmcache_s3.tier_stack import TierStack
 from lmcache_s3.tiers.base import Tier, TierStats
+from lmcache_s3.tiers.buffers import BufferPool
 from lmcache_s3.tiers.object import ObjectTier
 from lmcache_s3.tiers.stores.base import ObjectStore
+from lmcache_s3.tracebacks import without_locals
 from lmcache_s3.types import Buffer, CellRef, ChunkRef, ExtentName, Geometry, Grid
-from lmcache_s3.uploading import ShardJob, StoredShard, Upload
+from lmcache_s3.uploading import ShardJob, StoredShard, Upload, UploadMeans
 
 PROMOTE_SHARE = 0.5
 """Promotions use at most this part of the budget: a slow disk must not hold up loads."""
@@ -41,8 +48,8 @@ WAITING_SHARE = 0.25
 """Promotions wait for the end of their load, but hold at most this part of the budget meanwhile; more go on at once.
 What is left is enough for any piece, so no load waits for promotions that wait for it."""
 
-KEEP_SHARE = 0.25
-"""Memory for reads that is kept, beside the budget, for the next ones."""
+KEEP_SHARE = 0.5
+"""Memory that is kept for later while nobody uses it; it goes where the budget is needed for other sizes."""
 
 STORE_SHARE = 0.75
 """Uploads use at most this part."""
@@ -50,12 +57,12 @@ STORE_SHARE = 0.75
 
 @dataclass(frozen=True, slots=True)
 class TransferSettings:
-    """staging_bytes: bytes in flight at most, encoded and decoded, loads and stores together. io_threads: requests at
-    once for loads (half as many for stores). piece_bytes: stored bytes of one GET at most (one cell at least).
-    load_deadline_s, store_deadline_s: where a call states none."""
+    """staging_bytes: memory in flight at most, encoded and decoded, loads and stores together. io_threads: requests at
+    once for loads (half as many for stores) at most; how many are worth while is learnt. piece_bytes: stored bytes that
+    are read together at most (one cell at least). load_deadline_s, store_deadline_s: where a call states none."""
 
     staging_bytes: int = 512 << 20
-    io_threads: int = 8
+    io_threads: int = 32
     piece_bytes: int = 16 << 20
     load_deadline_s: float = 30.0
     store_deadline_s: float = 60.0
@@ -127,21 +134,64 @@ class Transfer:
         self.settings = settings
         self.metrics = metrics or Metrics()
         self.budget = ByteBudget(settings.staging_bytes)
-        self._waiting = ByteBudget(max(1, int(settings.staging_bytes * WAITING_SHARE)))
-        keep_bytes = int(settings.staging_bytes * KEEP_SHARE)
+        self.buffers = BufferPool(int(settings.staging_bytes * KEEP_SHARE), settings.staging_bytes)
+        self._waiting, self._promoting = (
+            ByteBudget(max(1, int(settings.staging_bytes * share))) for share in (WAITING_SHARE, PROMOTE_SHARE)
+        )
         self._resting = resting
         in_front = tiers if resting is None else (resting, *tiers)
-        self.stack = TierStack(in_front, ObjectTier(store, space_id, shard_index, keep_buffers_bytes=keep_bytes))
+        self.stack = TierStack(in_front, ObjectTier(store, space_id, shard_index))
         self._codecs = Codecs(codec)
         self._calibrations = attached(store)
         check_staging(settings.staging_bytes, geometry, codec)
-        # Several pieces must fit at once, or nothing overlaps.
-        self._piece_bytes = min(settings.piece_bytes, settings.staging_bytes // 4)
-        self._deadlines = Deadlines()
-        n = settings.io_threads
-        pools = (("load", n), ("store", max(2, n // 2)), ("promote", 1))
-        self._loads, self._stores, self._background = (
+        self._deadlines = Deadlines(name="lmcache-s3-deadlines")
+        self._hedges = Alarms(name="lmcache-s3-hedges")
+        n, cores = settings.io_threads, _cores()
+        self._lanes = tuple(
+            Lane(f"lmcache-s3-{name}", most, start=start, on_thread_start=on_thread_start)
+            for name, most, start in (("load", n, 4), ("store", max(2, n // 2), 2))
+        )
+        coders = min(n, cores)
+        pools = (("tiers", coders), ("decode", coders), ("encode", coders), ("promote", 1))
+        self._pools = tuple(
             ThreadPoolExecutor(threads, f"lmcache-s3-{name}", on_thread_start) for name, threads in pools
+        )
+        tier_threads, decoders, encoders, self._background = self._pools
+        # Several pieces must fit at once, or nothing overlaps.
+        piece_bytes = min(settings.piece_bytes, settings.staging_bytes // 4)
+        reader = Reader(
+            self.stack.bucket,
+            self._lanes[0],
+            self.budget,
+            self.buffers,
+            self._hedges,
+            self._step,
+            self.metrics,
+            part_bytes=piece_bytes,
+        )
+        self._load_means = Means(
+            geometry,
+            self.stack,
+            self._codecs,
+            self.budget,
+            self.buffers,
+            reader,
+            tier_threads,
+            decoders,
+            coders,
+            self._step,
+            piece_bytes,
+        )
+        self._upload_means = UploadMeans(
+            geometry,
+            self.stack.bucket,
+            self.budget,
+            STORE_SHARE,
+            self.buffers,
+            shard_index,
+            encoders,
+            self._lanes[1],
+            self._step,
         )
         self._changed = threading.Condition()
         self._running: set[Work[Any]] = set()
@@ -167,10 +217,10 @@ class Transfer:
         want_layers = range(self.geometry.layers) if layers is None else layers
         want_heads = range(self.geometry.heads) if heads is None else heads
         self.metrics.add("loads")
-        promotions = _Promotions(lambda keep: self._step(self._background, keep), self._waiting)
+        promotions = _Promotions(lambda keep: self._step(lambda: self._background.submit(keep)), self._waiting)
 
-        def fetched(cells: Sequence[CellRef], data: Sequence[Buffer], level: int) -> None:
-            self._promote(promotions, cells, data, level)
+        def fetched(cells: list[tuple[CellRef, Buffer]], level: int) -> None:
+            self._promote(promotions, cells, level)
 
         handle = self._start_load(chunks, sink, want_layers, want_heads, deadline_s, fetched)
         handle.add_done_callback(lambda _: promotions.begin())
@@ -196,8 +246,8 @@ class Transfer:
             names = ", ".join(one.name for one in self.stack.tiers) or "none"
             raise Invalid(f"tier {tier!r} is not there to prefetch into (there is: {names})", kind="argument")
 
-        def keep(cells: Sequence[CellRef], data: Sequence[Buffer], level: int) -> None:
-            self._keep(cells, data, range(target, level))
+        def keep(cells: list[tuple[CellRef, Buffer]], level: int) -> None:
+            self._keep(cells, range(target, level))
 
         want_layers = range(self.geometry.layers) if layers is None else layers
         want_heads = range(self.geometry.heads) if heads is None else heads
@@ -211,24 +261,14 @@ class Transfer:
         layers: range,
         heads: range,
         deadline_s: float | None,
-        on_fetched: Callable[[Sequence[CellRef], Sequence[Buffer], int], None],
+        on_fetched: OnFetched,
     ) -> Handle[LoadReport]:
         chunks = tuple(chunks)
-        plan = make_plan(self.geometry, self._codecs, chunks, layers, heads, self._piece_bytes)
-        load = Load(
-            self.geometry,
-            chunks,
-            plan,
-            sink,
-            stack=self.stack,
-            codecs=self._codecs,
-            budget=self.budget,
-            on_fetched=on_fetched,
-        )
+        plan = make_plan(self.geometry, self._codecs, chunks, layers, heads)
+        load = Load(self._load_means, chunks, plan, sink, on_fetched)
         load.work.handle.add_done_callback(self._count_load)
         self.watch(load.work, self.settings.load_deadline_s if deadline_s is None else deadline_s)
-        for piece in plan.pieces:
-            self._submit(self._loads, load.work, load.run, piece)
+        load.start()
         return load.work.handle
 
     def _count_load(self, handle: Handle[LoadReport]) -> None:
@@ -270,22 +310,11 @@ class Transfer:
         """
         job = ShardJob(name, grid, shard, first_token, hashes, cells, parent)
         job.check(self.geometry, self.codec)
-        upload = Upload(
-            job,
-            self.geometry,
-            self.codec,
-            bucket=self.stack.bucket,
-            close_shard=shard_index,
-            budget=self.budget,
-            share=STORE_SHARE,
-            on_stored=self._keep_everywhere,
-            rest_in=self._resting_tier() if rest else None,
-        )
+        rest_in = self._resting_tier() if rest else None
+        upload = Upload(job, self._upload_means, self.codec, self._keep_everywhere, rest_in)
         upload.work.handle.add_done_callback(self._count_upload)
         self.watch(upload.work, self.settings.store_deadline_s if deadline_s is None else deadline_s)
-        for i in range(len(cells)):
-            # Also when the first cells have failed already: the last to run gives the memory back.
-            self._step(self._stores, functools.partial(upload.run, i), upload.work)
+        upload.start()
         return upload.work.handle
 
     def upload_rested(
@@ -307,15 +336,12 @@ class Transfer:
             first_token,
             chunks,
             resting=self._resting_tier(),
-            bucket=self.stack.bucket,
-            close_shard=shard_index,
-            budget=self.budget,
-            share=STORE_SHARE,
+            means=self._upload_means,
             on_stored=self._keep_everywhere,
         )
         upload.work.handle.add_done_callback(self._count_upload)
         self.watch(upload.work, self.settings.store_deadline_s if deadline_s is None else deadline_s)
-        self._step(self._stores, upload.run, upload.work)
+        self._step(lambda: self._lanes[1].submit(upload.run), upload.work)
         return upload.work.handle
 
     def forget_rested(self, names: Sequence[ExtentName]) -> None:
@@ -339,30 +365,43 @@ class Transfer:
 
     # --- tiers
 
-    def _promote(self, promotions: _Promotions, cells: Sequence[CellRef], data: Sequence[Buffer], level: int) -> None:
-        """Keep fetched cells in the tiers above `level`, in the background; skipped when that falls behind."""
-        n_bytes = sum(cell.length for cell in cells)
-        if not self.budget.try_take(n_bytes, PROMOTE_SHARE):
+    def _promote(self, promotions: _Promotions, cells: list[tuple[CellRef, Buffer]], level: int) -> None:
+        """Keep fetched cells in the tiers above `level`, in the background; skipped when that falls behind.
+
+        What was read from the bucket lies in buffers that hold their part of the budget; what a tier gave out does not.
+        """
+        n_bytes = sum(cell.length for cell, _ in cells)
+        beside = n_bytes if level < len(self.stack.tiers) else 0
+        if not self._promoting.try_take(n_bytes):
+            self.metrics.add("promotions_skipped", len(cells))
+            return
+        if beside and not self.budget.try_take(beside, PROMOTE_SHARE):
+            self._promoting.give_back(n_bytes)
             self.metrics.add("promotions_skipped", len(cells))
             return
 
+        def over() -> None:
+            cells.clear()
+            self._promoting.give_back(n_bytes)
+            self.budget.give_back(beside)
+
         def keep() -> None:
             try:
-                self._keep(cells, data, range(level))
+                self._keep(cells, range(level))
             finally:
-                self.budget.give_back(n_bytes)
+                over()
 
         if not promotions.add(keep, n_bytes):
-            self.budget.give_back(n_bytes)
+            over()
 
-    def _keep_everywhere(self, cells: Sequence[CellRef], data: Sequence[Buffer]) -> None:
-        self._keep(cells, data, range(len(self.stack.tiers)))
+    def _keep_everywhere(self, cells: list[tuple[CellRef, Buffer]]) -> None:
+        self._keep(cells, range(len(self.stack.tiers)))
 
-    def _keep(self, cells: Sequence[CellRef], data: Sequence[Buffer], levels: range) -> None:
+    def _keep(self, cells: Sequence[tuple[CellRef, Buffer]], levels: range) -> None:
         for level in levels:
             tier = self.stack.tiers[level]
             try:
-                self.metrics.add(f"kept_{tier.name}_cells", tier.put(list(zip(cells, data, strict=True))))
+                self.metrics.add(f"kept_{tier.name}_cells", tier.put(cells))
             except LMCacheS3Error as e:
                 self.metrics.add(f"{tier.name}_put_{e.kind}")
 
@@ -388,30 +427,35 @@ class Transfer:
         with self._changed:
             self._running.discard(work)
 
-    def _submit(self, pool: ThreadPoolExecutor, work: Work[Any], call: Callable[..., None], *args: object) -> None:
-        """Run a step; an exception nobody foresaw (the sink's, memory) ends the work with it."""
-        if not work.over:
-            self._step(pool, lambda: call(*args), work)
+    def _step(self, submit: Callable[[], Future[None]], work: Work[Any] | None = None) -> bool:
+        """Hand a call to threads, counted until it is done; False if we are closed.
 
-    def _step(self, pool: ThreadPoolExecutor, call: Callable[[], None], work: Work[Any] | None = None) -> bool:
-        """Hand a call to a pool, counted until it is done; False if we are closed."""
+        An exception nobody foresaw (the sink's, memory) ends the work with it.
+        """
         with self._changed:
             if self._closed:
                 return False
             self._steps += 1
-            future = pool.submit(call)
+        try:
+            future = submit()
+        except RuntimeError:  # closed meanwhile
+            self._one_step_less()
+            return False
 
         def done(ended: Future[None]) -> None:
-            with self._changed:
-                self._steps -= 1
-                self._changed.notify_all()
             error = None if ended.cancelled() else ended.exception()
             if error is not None and work is not None:
                 self.metrics.add("bugs")
-                work.fail(error)
+                work.fail(without_locals(error))
+            self._one_step_less()
 
         future.add_done_callback(done)
         return True
+
+    def _one_step_less(self) -> None:
+        with self._changed:
+            self._steps -= 1
+            self._changed.notify_all()
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Wait until nothing is going on, promotions included; False if that took longer."""
@@ -431,9 +475,18 @@ class Transfer:
             running = list(self._running)
         for work in running:
             work.abort(Unavailable("the transfer is closed", kind="closed"))
-        for pool in (self._loads, self._stores, self._background):
+        for lane in self._lanes:
+            lane.shutdown(wait=False)
+        for pool in self._pools:
             pool.shutdown(wait=False, cancel_futures=True)
         self.drain(timeout_s)
         self._deadlines.close()
+        self._hedges.close()
         self._calibrations.__exit__(None, None, None)
+        self.buffers.close()
         self.stack.close()
+
+
+def _cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,15 +1,19 @@
 """One upload: the cells of one shard encoded side by side, joined to one object, put once.
 
-Memory: each cell takes its worst encoded size from the budget before it is encoded and gives back the difference after;
-the joined object replaces its parts. No room → `Unavailable(full)` at once, for stores are what is dropped first.
+Memory: where all cells have one length, they are encoded straight into the object. Others take their worst encoded size
+from the budget before they are encoded and give back the difference after; the object then takes its own, and its parts
+go when they are in it. No room → `Unavailable(full)` at once, for stores are what is dropped first.
 """
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -18,8 +22,12 @@ from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.checksum import xxh3
 from lmcache_s3.errors import Invalid, LMCacheS3Error
 from lmcache_s3.handle import Work
+from lmcache_s3.lane import Lane, Slot
+from lmcache_s3.reading import Step
 from lmcache_s3.resting import RestingTier
-from lmcache_s3.tiers.object import ObjectTier, join_shard
+from lmcache_s3.tiers.buffers import BufferPool, rounded
+from lmcache_s3.tiers.object import ObjectTier
+from lmcache_s3.tracebacks import without_frames
 from lmcache_s3.types import HASH_BYTES, Buffer, CellRef, ExtentName, Geometry, Grid
 
 
@@ -81,108 +89,159 @@ class ShardJob:
         )
 
 
+OnStored: TypeAlias = Callable[[list[tuple[CellRef, Buffer]]], None]
+"""Told of stored cells and their bytes, to keep them in faster tiers."""
+
+
+@dataclass(frozen=True, slots=True)
+class UploadMeans:
+    """What all uploads of a transfer share. share: part of the budget that uploads may use. close_shard: the index that
+    ends a shard object, from its cells' lengths. workers: to encode; lane: to PUT."""
+
+    geometry: Geometry
+    bucket: ObjectTier
+    budget: ByteBudget
+    share: float
+    buffers: BufferPool
+    close_shard: Callable[[Sequence[int]], bytes]
+    workers: ThreadPoolExecutor
+    lane: Lane
+    step: Step
+
+    def new_body(self, lengths: Sequence[int]) -> memoryview:
+        """Memory for an object of such cells, its index written. Raises `Unavailable(full)`."""
+        index = self.close_shard(lengths)
+        n_bytes = sum(lengths) + len(index)
+        budget, size = self.budget, rounded(n_bytes)
+        budget.take(size, self.share)
+        body = self.buffers.take(n_bytes, lambda: budget.give_back(size))
+        body[n_bytes - len(index) :] = index
+        return body
+
+
 class Upload:
     """The state of one upload. Thread-safe.
 
-    share: part of the budget that uploads may use. on_stored: told of the stored cells (their bytes are views of the
-    object), to keep them in faster tiers; on the store thread, after the work has ended. rest_in: keep the cells there
+    means: what all uploads share. on_stored: told of the stored cells (their bytes are views of the object), to keep
+    them in faster tiers; on the thread that stored them, after the work has ended. rest_in: keep the cells there
     instead of putting them, to be uploaded later (`rested_upload.py`).
     """
 
     def __init__(
         self,
         job: ShardJob,
-        geometry: Geometry,
+        means: UploadMeans,
         codec: KVCodec,
-        *,
-        bucket: ObjectTier,
-        close_shard: Callable[[Sequence[int]], bytes],
-        budget: ByteBudget,
-        share: float,
-        on_stored: Callable[[Sequence[CellRef], Sequence[Buffer]], None],
+        on_stored: OnStored,
         rest_in: RestingTier | None = None,
     ) -> None:
         self.job = job
-        self._geometry = geometry
+        self._means = means
         self._codec = codec
-        self._bucket = bucket
-        self._close_shard = close_shard
-        self._budget = budget
-        self._share = share
         self._on_stored = on_stored
         self._rest_in = rest_in
-        self._spec = CellSpec.of(geometry, job.grid)
+        self._spec = CellSpec.of(means.geometry, job.grid)
+        # What rests must not lie in memory for things under way.
+        self._cell_bytes = codec.fixed_bytes(self._spec) if rest_in is None else None
         self._lock = threading.Lock()
+        self._body: memoryview | None = None
         self._encoded: list[Buffer] = [b""] * len(job.cells)
+        self._lengths = [0] * len(job.cells)
         self._sums = [0] * len(job.cells)
         self._left = len(job.cells)
         self._held_bytes = 0
         self._broken = False
         self.work: Work[StoredShard] = Work(sum(cell.nbytes for cell in job.cells))
 
-    def run(self, i: int) -> None:
-        """Encode one cell; whoever is last joins and stores them, and so ends the work. Blocks, on a store thread."""
+    def start(self) -> None:
+        """Hand all cells to the workers. Does not block."""
+        for i in range(len(self.job.cells)):
+            # Also when the first have failed already: the last to run gives the memory back.
+            self._means.step(lambda i=i: self._means.workers.submit(self._run, i), self.work)  # type: ignore[misc]
+
+    def _run(self, i: int) -> None:
+        """Encode one cell; whoever is last has them stored."""
         whole = False
         try:
             if not self.work.over:
                 self._encode(i)
                 whole = True
         except LMCacheS3Error as e:
-            self.work.fail(e)
+            self.work.fail(without_frames(e))
         finally:
             with self._lock:
                 self._left -= 1
                 self._broken = self._broken or not whole
                 last = self._left == 0
             if last:
-                self._end()
-
-    def _end(self) -> None:
-        try:
-            if not self._broken and not self.work.over:
-                self._put()
-        except LMCacheS3Error as e:
-            self.work.fail(e)
-        finally:
-            self._encoded = []
-            with self._lock:
-                held, self._held_bytes = self._held_bytes, 0
-            self._budget.give_back(held)
+                ready = not self._broken and not self.work.over
+                if not ready or not self._means.step(lambda: self._means.lane.submit(self._store), self.work):
+                    self._let_go()
 
     def _encode(self, i: int) -> None:
+        data = self._encode_in_place(i) if self._cell_bytes is not None else self._encode_apart(i)
+        self._lengths[i], self._sums[i] = memoryview(data).nbytes, xxh3(data)
+        self.work.advance(self.job.cells[i].nbytes)
+
+    def _encode_in_place(self, i: int) -> Buffer:
+        """Of cells whose lengths are known before: straight to their place in the object."""
+        assert self._cell_bytes is not None
+        with self._lock:
+            if self._body is None:
+                self._body = self._means.new_body([self._cell_bytes] * len(self.job.cells))
+            place = self._body[i * self._cell_bytes : (i + 1) * self._cell_bytes]
+        self._codec.encode_into(self.job.cells[i], self._spec, self.job.position(self._means.geometry, i), place)
+        return place
+
+    def _encode_apart(self, i: int) -> Buffer:
+        budget, share = self._means.budget, self._means.share
         most = self._codec.max_encoded_bytes(self._spec)
-        self._budget.take(most, self._share)
+        budget.take(most, share)
         kept = 0
         try:
-            data = self._codec.encode(self.job.cells[i], self._spec, self.job.position(self._geometry, i))
-            self._sums[i] = xxh3(data)
+            data = self._codec.encode(self.job.cells[i], self._spec, self.job.position(self._means.geometry, i))
             self._encoded[i] = data
             kept = len(data)
         finally:
             with self._lock:
                 self._held_bytes += kept
-            self._budget.give_back(most - kept)
-        self.work.advance(self.job.cells[i].nbytes)
+            budget.give_back(most - kept)
+        return data
+
+    def _store(self, slot: Slot) -> None:
+        """Join what was encoded apart, PUT the object: on a thread of the lane."""
+        try:
+            if not self.work.over:
+                self._put()
+        except LMCacheS3Error as e:
+            self.work.fail(without_frames(e))
+        finally:
+            self._let_go()
 
     def _put(self) -> None:
-        lengths = [len(data) for data in self._encoded]
-        cells = self._refs(lengths)
+        cells = self._refs()
         if self._rest_in is not None:
             self._rest_in.rest(list(zip(cells, self._encoded, strict=True)))
-            if not self.work.finish(stored_shard(lengths, self._sums, sum(lengths))):
+            if not self.work.finish(stored_shard(self._lengths, self._sums, sum(self._lengths))):
                 self._rest_in.forget([self.job.name])
             return
-        body = join_shard(self._encoded, self._close_shard(lengths))
-        self._bucket.put_shard(cells[0], body)
-        if self.work.finish(stored_shard(lengths, self._sums, len(body))):
-            view = memoryview(body).toreadonly()
-            self._on_stored(cells, [view[cell.offset : cell.offset + cell.length] for cell in cells])
+        if self._body is None:
+            self._body = self._means.new_body(self._lengths)
+            join(self._encoded, self._body)
+        put_body(self._means, self.work, self._body, cells, self._on_stored)
 
-    def _refs(self, lengths: Sequence[int]) -> list[CellRef]:
+    def _let_go(self) -> None:
+        self._encoded = []
+        self._body = None
+        with self._lock:
+            held, self._held_bytes = self._held_bytes, 0
+        self._means.budget.give_back(held)
+
+    def _refs(self) -> list[CellRef]:
         refs = []
         offset = 0
         job, parent = self.job, self.job.parent
-        for i, length in enumerate(lengths):
+        for i, length in enumerate(self._lengths):
             own = job.hashes[HASH_BYTES * i : HASH_BYTES * (i + 1)]
             refs.append(
                 CellRef(job.name, job.grid, job.shard, i, offset, length, self._sums[i], own, parent, job.first_token)
@@ -190,3 +249,22 @@ class Upload:
             parent = own
             offset += length
         return refs
+
+
+def join(parts: list[Buffer], body: memoryview) -> None:
+    """Copy the cells one after another to the beginning of `body`. Empties `parts`, so memory goes as it is copied."""
+    offset = 0
+    for i in range(len(parts)):
+        part, parts[i] = np.frombuffer(parts[i], np.uint8), b""
+        np.copyto(np.frombuffer(body[offset : offset + part.nbytes], np.uint8), part)  # without the GIL
+        offset += part.nbytes
+
+
+def put_body(
+    means: UploadMeans, work: Work[StoredShard], body: memoryview, cells: Sequence[CellRef], on_stored: OnStored
+) -> None:
+    """PUT a whole shard object, end the work, tell of its cells. Raises what the store says."""
+    means.lane.measured(functools.partial(means.bucket.put_shard, cells[0], body), body.nbytes)
+    if work.finish(stored_shard([cell.length for cell in cells], [cell.checksum for cell in cells], body.nbytes)):
+        view = body.toreadonly()
+        on_stored([(cell, view[cell.offset : cell.offset + cell.length]) for cell in cells])

@@ -1,8 +1,9 @@
 """The object tier: cells as they lie in the bucket, in shard objects that are written once and whole.
 
-Consecutive cells of one shard are one range GET, verified against the index's checksums on the way out. It has no
-budget and evicts nothing: what lives in the bucket is the affair of the index and its garbage collection. Likewise
-`match_prefix` says yes to everything: whoever holds a `CellRef` has it from the index.
+Consecutive cells of one shard are one range GET, verified against the index's checksums on the way out. `get` is the
+`Tier` port's; the transfer, which reads into memory of its own and verifies in other threads, uses `read_into` and
+`checked`. The tier has no budget and evicts nothing: what lives in the bucket is the affair of the index and its
+garbage collection. Likewise `match_prefix` says yes to everything: whoever holds a `CellRef` has it from the index.
 Raises what the `Tier` port says; `Invalid` (credentials, bucket) from the store passes through.
 """
 
@@ -23,7 +24,7 @@ class ObjectTier:
     """The cells of one space in an object store.
 
     close_shard: makes the index that ends a shard object from its cells' lengths in bytes (`extent.shard_index`).
-    keep_buffers_bytes: memory kept for the next reads while none is under way.
+    buffers: where `get` takes memory; None: nothing is kept for the next reads.
     """
 
     name = "object"
@@ -35,12 +36,12 @@ class ObjectTier:
         space_id: str,
         close_shard: Callable[[Sequence[int]], bytes],
         *,
-        keep_buffers_bytes: int = 0,
+        buffers: BufferPool | None = None,
     ) -> None:
         self._store = store
         self._space_id = space_id
         self._close_shard = close_shard
-        self._buffers = BufferPool(keep_buffers_bytes)
+        self._buffers = buffers or BufferPool(0)
         self._lock = threading.Lock()
         self._hits = self._misses = self._bad = self._read_bytes = self._written_bytes = 0
 
@@ -50,34 +51,41 @@ class ObjectTier:
     def get(self, cells: Sequence[CellRef]) -> list[Buffer]:
         out: list[Buffer] = []
         for run in ranges_of(cells):
-            out.extend(self._get_run(run))
-        with self._lock:
-            self._hits += len(cells)
-            self._read_bytes += sum(cell.length for cell in cells)
-        return out
-
-    def _get_run(self, run: Sequence[CellRef]) -> list[Buffer]:
-        first, last = run[0], run[-1]
-        n_bytes = last.offset + last.length - first.offset
-        buffer = self._buffers.take(n_bytes)
-        key = shard_key(self._space_id, first.extent, first.grid, first.shard)
-        try:
-            self._store.get_into(key, first.offset, buffer)
-            cells: list[Buffer] = []
+            first, last = run[0], run[-1]
+            buffer = self._buffers.take(last.offset + last.length - first.offset)
+            self.read_into(first, first.offset, buffer)
             for cell in run:
                 start = cell.offset - first.offset
-                data = buffer[start : start + cell.length].toreadonly()
-                verify(cell, data)
-                cells.append(data)
-            return cells
+                out.append(self.checked(cell, buffer[start : start + cell.length].toreadonly()))
+        return out
+
+    def read_into(self, cell: CellRef, start: int, into: memoryview) -> None:
+        """Fill `into` from byte `start` of the shard object that holds `cell`. One GET; nothing is verified."""
+        try:
+            self._store.get_into(shard_key(self._space_id, cell.extent, cell.grid, cell.shard), start, into)
         except Missing as e:
             with self._lock:
-                self._misses += len(run)
-            raise Missing(str(e), key=str(first.extent)) from e
+                self._misses += 1
+            raise Missing(str(e), key=str(cell.extent)) from e
         except Unusable as e:
-            with self._lock:
-                self._bad += 1
-            raise Unusable(str(e), kind=e.kind, key=str(first.extent)) from e
+            raise self._bad_cell(cell, e) from e
+        with self._lock:
+            self._read_bytes += into.nbytes
+
+    def checked(self, cell: CellRef, data: Buffer) -> Buffer:
+        """`data` if it is the cell's. Raises `Unusable`."""
+        try:
+            verify(cell, data)
+        except Unusable as e:
+            raise self._bad_cell(cell, e) from e
+        with self._lock:
+            self._hits += 1
+        return data
+
+    def _bad_cell(self, cell: CellRef, e: Unusable) -> Unusable:
+        with self._lock:
+            self._bad += 1
+        return Unusable(str(e), kind=e.kind, key=str(cell.extent))
 
     def put(self, cells: Sequence[tuple[CellRef, Buffer]]) -> int:
         """Write one shard object; `cells` must be all of the shard's, in order. One PUT."""

@@ -199,9 +199,8 @@ def test_one_bad_read_costs_one_miss() -> None:
     tokens, kv = random_tokens(CHUNKS * N), random_kv(SPACE, CHUNKS * N)
     with Cache.on_store(faulty, SPACE, small_settings(url, host_bytes=None)) as cache:
         cache.store(tokens, kv).result(5)
-        # A flip in the fetch and one in the cell-by-cell second try.
-        faulty.faults = [Fault(mode="flip", verbs=GETS, key="/c/", times=CHUNKS + 1)]
-        assert cache.retrieve(cache.lookup(tokens)).result(5).tokens == 0
+        faulty.faults = [Fault(mode="flip", verbs=GETS, key="/c/", times=1)]
+        assert cache.retrieve(cache.lookup(tokens)).result(5).tokens < CHUNKS * N
         assert cache.damage.settle(5)
         assert same_bits(cache.retrieve(cache.lookup(tokens)).result(5).array, kv)
 

@@ -25,7 +25,7 @@ def test_the_deadline_leaves_what_is_whole_and_silences_the_sink(make: MakeTrans
     kv = random_kv(SPACE, 6 * N)
     chunks = upload(make(), kv)
     slow = FaultyStore(store, [Fault(mode="latency", verbs=GETS, latency_s=0.3, skip=3)])
-    transfer = make(over=slow, io_threads=2, piece_bytes=1)
+    transfer = make(over=slow, io_threads=1, piece_bytes=1)
     calls: list[int] = []
     started_s = time.monotonic()
     handle = transfer.load(chunks, lambda chunk, *_: calls.append(chunk), deadline_s=0.15)
@@ -127,7 +127,7 @@ def test_a_codec_that_fails_ends_the_upload(make: MakeTransfer) -> None:
     codec = transfer.codec
 
     class Broken(type(codec)):  # type: ignore[misc]
-        def encode(self, *_: object) -> bytes:
+        def encode_into(self, *_: object) -> None:
             raise self.error
 
         error: BaseException = MemoryError()
