@@ -14,6 +14,7 @@ Raises from `open`: `Invalid`, `Unsafe`, `Unavailable`, `Unusable`; else `Invali
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ class Cache:
         self._publisher = Publisher(store, index, space, transfer.codec, before_commit=self.damage.settled_soon)
         grid = Grid(1, settings.head_groups or 1)
         extent_chunks = chunks_per_extent(space.geometry, transfer.codec, settings.extent_bytes)
+        self._admission, self._admission_lock = settings.make_admission(), threading.Lock()
         self._behind: Behind | None = None
         if settings.write_behind_s > 0 and not settings.read_only:
             plan = WriteBehind(
@@ -253,7 +255,8 @@ class Cache:
         extra: Sequence[ExtraKey] = (),
         deadline_s: float | None = None,
     ) -> Handle[StoreReport]:
-        """Store the full chunks of a prompt that nobody has stored yet; done when they are acknowledged.
+        """Store the full chunks of a prompt that nobody has stored yet; done when they are acknowledged. With
+        `admission: second_touch` only those that were offered before.
 
         kv: `[kv, layer, token, head, channel]`, numpy or torch (copied to the host), in the space's kv_dtype or its
         storage dtype; as many tokens as `tokens` or fewer (the last may have no KV yet). Not to be changed until done.
@@ -268,6 +271,9 @@ class Cache:
             raise Invalid(f"KV of {array.shape[2]} tokens for a prompt of {len(tokens)}", kind="argument", key="kv")
         del hashes[array.shape[2] // self.space.chunk_tokens :]
         known = len(self._match(hashes))
+        if self._admission is not None:
+            with self._admission_lock:
+                del hashes[known + self._admission.admit(hashes[known:]) :]
         new_tokens = (len(hashes) - known) * self.space.chunk_tokens
         if not new_tokens or new_tokens < self.settings.store_min_tokens:
             return Handle.completed(StoreReport(0, known, (), (), 0))

@@ -304,6 +304,16 @@ def test_short_prompts_can_be_left_out() -> None:
         assert cache.store(random_tokens(3 * N), random_kv(SPACE, 3 * N)).result(5).stored_chunks == 3
 
 
+def test_second_touch_stores_what_was_offered_before() -> None:
+    url = fresh_memory_url()
+    tokens, kv = random_tokens(5 * N), random_kv(SPACE, 5 * N)
+    with open_cache(url, admission="second_touch") as cache:
+        assert cache.store(tokens[: 3 * N], kv[:, :, : 3 * N]).result(5).stored_chunks == 0
+        assert cache.store(tokens, kv).result(5).stored_chunks == 3
+        assert cache.store(tokens, kv).result(5).stored_chunks == 2
+        assert same_bits(cache.retrieve(cache.lookup(tokens)).result(5).array, kv)
+
+
 def test_read_only_writes_nothing() -> None:
     url = fresh_memory_url()
     tokens, kv = random_tokens(2 * N), random_kv(SPACE, 2 * N)

@@ -262,6 +262,17 @@ def test_a_longer_prompt_stores_only_its_new_chunks(url: str) -> None:
     a.close()
 
 
+def test_second_touch_stores_what_was_computed_before(url: str) -> None:
+    tokens = prompt(6 * CHUNK)
+    a = Engine(url, admission="second_touch")
+    for n, stored in ((3, 0), (5, 3), (6, 5)):
+        a.ask(tokens[: n * CHUNK], f"n{n}")
+        a.settle()
+        assert sum(w.counters.total("stored_chunks") for w in a.workers) == stored
+    assert not a.failed
+    a.close()
+
+
 @pytest.mark.parametrize("harm", ["truncate", "flip", "swap", "remove"])
 def test_damaged_objects_are_computed_then_dropped(url: str, harm: str, tmp_path: Any) -> None:
     tokens = prompt(4 * CHUNK)

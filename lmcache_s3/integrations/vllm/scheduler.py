@@ -67,6 +67,8 @@ class _Tracked:
     match: Sequence[ChunkRef] = ()
     local_tokens: int = 0
     may_match: bool = True
+    admitted: bool = True
+    """Whether all chunks so far were worth storing (setting `admission`)."""
     loading: frozenset[ExtentName] = frozenset()
     """Extents of the load ordered last; `pins` holds them until it ends."""
     pins: ExitStack | None = None
@@ -89,6 +91,7 @@ class SchedulerRole:
         self._cache: OpenCache | None = None
         self.counters = Counters("scheduler")
         self._extents = self._make_extents()
+        self._admission = settings.make_admission()
         self._tracked: dict[str, _Tracked] = {}
         self._orders = StepOrders()
         self._staging_number = 0
@@ -267,6 +270,11 @@ class SchedulerRole:
         chunk, prefix_hash = tracked.next_chunk, hashes[tracked.next_chunk]
         tracked.next_chunk += 1
         if extents.is_pending(prefix_hash) or cache.index.find(prefix_hash) is not None:
+            self._close(orders, tracked)
+            return
+        if self._admission is not None and (not self._admission.admit([prefix_hash]) or not tracked.admitted):
+            # What follows a chunk that is not stored could not be reached.
+            tracked.admitted = False
             self._close(orders, tracked)
             return
         per_chunk = self._settings.chunk_tokens // self._facts.block_tokens
