@@ -194,7 +194,8 @@ def test_every_setting_reads_its_variable(monkeypatch: pytest.MonkeyPatch) -> No
     values = {
         "ca_bundle": "/ca.pem", "storage_options": "{}", "codec": "cachegen", "weights_digest": "ab" * 32,
             "codec_calibration": "ab" * 32,
-        "disk_path": "/d", "addressing_style": "path", "prefetch": "off", "admission": "all", "read_only": "1", "single_writer": "1", "url": URL,
+        "disk_path": "/d", "addressing_style": "path", "prefetch": "off", "admission": "all",
+        "requester_pays": "1", "read_only": "1", "single_writer": "1", "url": URL,
         "endpoint_url": "http://h", "region": "r", "profile": "p", "codec_level": "l",
         "tenant_bytes": '{"a": "1GiB"}',
     }  # fmt: skip
