@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gc
 import os
 import re
 import threading
@@ -25,20 +26,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmcache_s3.errors import Invalid, Missing, Unavailable, Unusable
-from lmcache_s3.tiers.budgeted import BudgetedTier, Entry, place_of
+from lmcache_s3.tiers.budgeted import BudgetedTier, Entry
 from lmcache_s3.tiers.buffers import BufferPool
-from lmcache_s3.tiers.eviction.base import EvictionPolicy
+from lmcache_s3.tiers.eviction.base import EvictionPolicy, Item
 from lmcache_s3.tiers.journal import (
+    GRAIN_BYTES,
     RECORD_BYTES,
-    Contents,
     Held,
     JournalFile,
+    Known,
     can_hold,
+    encode_cell,
     encode_gone,
     encode_held,
     encode_used,
 )
-from lmcache_s3.tiers.segments import SEGMENT_BYTES, Place, Segments, blocks_of, runs_of
+from lmcache_s3.tiers.segments import SEGMENT_BYTES, Place, Segments, runs_of
 from lmcache_s3.tiers.verify import verify, where
 from lmcache_s3.types import Buffer, CellRef
 
@@ -52,7 +55,7 @@ CELL_BYTES = 512
 its share of the file system's own."""
 _SLACK_BYTES = 64 << 10
 _NOTES = 256
-_READ_BYTES = 16 << 20
+_READ_BYTES = 2 << 20
 """Most that is read at once: cells are verified while they are still in the processor's cache, or nearly."""
 
 
@@ -60,11 +63,9 @@ _READ_BYTES = 16 << 20
 class _Kept:
     """A cell on disk. recorded: the journal says so."""
 
-    id: int
-    cell: CellRef
+    noted: Held
     place: Place
-    used_s: float
-    recorded: bool = False
+    recorded: bool
 
 
 class DiskTier(BudgetedTier[_Kept]):
@@ -108,7 +109,8 @@ class DiskTier(BudgetedTier[_Kept]):
         try:
             self._own()
             self._segments = Segments(self._root / "segments", segment_bytes)
-            self._load()
+            with _without_collector():
+                self._load()
         except OSError as e:
             os.close(self._lock_fd)
             raise self._invalid(f"{e.strerror}; give a directory that can be written") from e
@@ -136,15 +138,28 @@ class DiskTier(BudgetedTier[_Kept]):
         _remove_old_layout(self._root / "cells")
         contents = self._journal.read()
         self._next_id = contents.next_id
-        found = sorted(_one_a_place(contents).values(), key=lambda one: (one.used_s, one.id))
-        places = [Place(one.segment, one.start, one.cell.length) for one in found]
+        latest: dict[bytes, tuple[Held, Known]] = {}  # of each place
+        for held, known in contents.held.values():
+            latest[known.place] = held, known
+        found = sorted(latest.values(), key=lambda one: one[0].used_s)
+        places = [Place(known.segment, known.start, known.length) for _, known in found]
         there = self._segments.recover(places)
-        kept = [
-            _Kept(one.id, one.cell, place, one.used_s, recorded=True)
-            for one, place, here in zip(found, places, there, strict=True)
+        n_tokens = self._chunk_tokens
+        self._restore(
+            (
+                Item(
+                    known.place,
+                    known.parent,
+                    known.first_token + known.position * n_tokens,
+                    _room(known.length),
+                ),
+                known.extent,
+                _Kept(held, place, True),
+                held.used_s,
+            )
+            for (held, known), place, here in zip(found, places, there, strict=True)
             if here
-        ]
-        self._restore((self._item(one.cell), one.cell.extent, one, one.used_s) for one in kept)
+        )
         self._journal.open(contents.n_bytes)  # also behind torn frames: what follows them is found again
         if contents.torn or len(self._entries) < len(contents.held) or self._too_long(contents.n_bytes):
             with contextlib.suppress(OSError):  # a full disk: then later
@@ -153,7 +168,7 @@ class DiskTier(BudgetedTier[_Kept]):
     # --- hooks
 
     def _room_of(self, length: int) -> int:
-        return blocks_of(length + CELL_BYTES)
+        return _room(length)
 
     def _allot(self, cell: CellRef, n_bytes: int) -> _Kept | None:
         if not can_hold(cell):
@@ -163,12 +178,13 @@ class DiskTier(BudgetedTier[_Kept]):
         except OSError as e:
             raise self._unavailable(e) from e
         self._next_id += 1
-        return _Kept(self._next_id - 1, cell, place, self._last_s)
+        record = encode_cell(cell, place.segment, place.start)
+        return _Kept(Held(self._next_id - 1, self._last_s, cell.extent.codec, record), place, recorded=False)
 
     def _write(self, cells: Sequence[tuple[CellRef, _Kept, Buffer]]) -> None:
         try:
             self._segments.write([(kept.place, data) for _, kept, data in cells])
-            frames = encode_held([_held(kept) for _, kept, _ in cells])
+            frames = encode_held([kept.noted for _, kept, _ in cells])
             with self._journal_lock:
                 self._journal.append(frames)
                 for _, kept, _ in cells:
@@ -201,16 +217,16 @@ class DiskTier(BudgetedTier[_Kept]):
         except OSError as e:
             raise self._unavailable(e) from e
         if held.recorded:
-            self._gone.append(held.id)
-            self._used_s.pop(held.id, None)
+            self._gone.append(held.noted.id)
+            self._used_s.pop(held.noted.id, None)
             if len(self._gone) >= _NOTES:
                 self._note()
         return n_bytes
 
     def _used(self, entries: Sequence[Entry[_Kept]], now_s: float) -> None:
         for entry in entries:
-            entry.held.used_s = now_s
-            self._used_s[entry.held.id] = now_s
+            entry.held.noted.used_s = now_s
+            self._used_s[entry.held.noted.id] = now_s
         self._uses += len(entries)
         if self._uses >= _NOTES:
             self._note()
@@ -236,7 +252,7 @@ class DiskTier(BudgetedTier[_Kept]):
     def _rewrite(self) -> None:
         """A new journal of what is held now. Raises `OSError`; the old one goes on then."""
         with self._journal_lock:
-            held = [_held(entry.held) for entry in self._entries.values() if entry.held.recorded]
+            held = [entry.held.noted for entry in self._entries.values() if entry.held.recorded]
             self._journal.rewrite(encode_held(held))
             self._gone.clear()
             self._used_s.clear()
@@ -258,8 +274,20 @@ class DiskTier(BudgetedTier[_Kept]):
                 os.close(self._lock_fd)
 
 
-def _held(kept: _Kept) -> Held:
-    return Held(kept.id, kept.used_s, kept.cell, kept.place.segment, kept.place.start)
+def _room(length: int) -> int:
+    return -(-(length + CELL_BYTES) // GRAIN_BYTES) * GRAIN_BYTES
+
+
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """Looking for cycles over and over while objects are made by the hundred thousand takes longer than making them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _judge(cell: CellRef, data: Buffer, *, gone: bool) -> Buffer | Unusable:
@@ -282,11 +310,6 @@ def _bounded(runs: Sequence[range], lengths: Sequence[int]) -> Iterator[range]:
                 first, n_bytes = i, 0
             n_bytes += lengths[i]
         yield range(first, run.stop)
-
-
-def _one_a_place(contents: Contents) -> dict[bytes, Held]:
-    """The latest cell of each place."""
-    return {place_of(one.cell): one for one in contents.held.values()}
 
 
 def _remove_old_layout(folder: Path) -> None:

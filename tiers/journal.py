@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmcache_s3.codecs.checksum import xxh3
-from lmcache_s3.types import CellRef, ExtentName, Grid
+from lmcache_s3.tiers.places import part
+from lmcache_s3.types import CellRef, ExtentName
 
 MAGIC = b"LS3J"
 VERSION = 1
@@ -29,27 +30,41 @@ GRAIN_BYTES = 4096
 """Cells begin at multiples of it."""
 
 _HEADER = struct.Struct("<4sHHIIQ")
-_RECORD = struct.Struct("<Qd 16s16sQ 16s16s QQQQ IIIIII IHxx")
+_CELL = struct.Struct("<16s16sQ 16s16s QQQQ IIIIII I")
+_TIMED = struct.Struct(f"<Qd {_CELL.size}s H2x")
 _CODEC = re.compile(r"[a-z0-9_-]{1,64}", re.ASCII)
 _FRAME_RECORDS = 1024
-RECORD_BYTES = _RECORD.size
+RECORD_BYTES = _TIMED.size
 
 
-class Held(NamedTuple):
-    """A cell as the journal knows it: what it is, and where its bytes lie. used_s: Unix seconds of its last use."""
+class Known(NamedTuple):
+    """Of a record, what is asked for at once. first_token: of the prompt, before the cell's extent."""
+
+    extent: ExtentName
+    place: bytes
+    parent: bytes | None
+    first_token: int
+    position: int
+    length: int
+    segment: int
+    start: int
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A cell as the journal knows it. used_s: Unix seconds of its last use. record: as `encode_cell` makes it."""
 
     id: int
     used_s: float
-    cell: CellRef
-    segment: int
-    start: int
+    codec: str
+    record: bytes
 
 
 @dataclass(slots=True)
 class Contents:
     """What a journal says, ids in the order in which cells came. torn: something in it was not whole."""
 
-    held: dict[int, Held] = field(default_factory=dict)
+    held: dict[int, tuple[Held, Known]] = field(default_factory=dict)
     torn: bool = False
     next_id: int = 0
     n_bytes: int = 0
@@ -73,9 +88,16 @@ def encode_held(cells: Sequence[Held]) -> bytes:
     out = []
     for first in range(0, len(cells), _FRAME_RECORDS):
         some = cells[first : first + _FRAME_RECORDS]
-        codecs = {name: i for i, name in enumerate(dict.fromkeys(one.cell.extent.codec for one in some))}
+        codecs = {name: i for i, name in enumerate(dict.fromkeys(one.codec for one in some))}
         names = "".join(f"{name}\n" for name in codecs).encode()
-        out.append(_frame(HELD, len(some), names, b"".join(_record(one, codecs) for one in some)))
+        out.append(
+            _frame(
+                HELD,
+                len(some),
+                names,
+                b"".join(_TIMED.pack(one.id, one.used_s, one.record, codecs[one.codec]) for one in some),
+            )
+        )
     return b"".join(out)
 
 
@@ -94,11 +116,10 @@ def _frame(kind: int, count: int, names: bytes, rest: bytes) -> bytes:
     return b"".join([head, xxh3(head + names + rest).to_bytes(8, "little"), names, rest])
 
 
-def _record(one: Held, codecs: dict[str, int]) -> bytes:
-    cell, name = one.cell, one.cell.extent
-    return _RECORD.pack(
-        one.id,
-        one.used_s,
+def encode_cell(cell: CellRef, segment: int, start: int) -> bytes:
+    """The part of its record that never changes."""
+    name = cell.extent
+    return _CELL.pack(
         name.last_hash,
         bytes.fromhex(name.nonce),
         name.born,
@@ -107,15 +128,14 @@ def _record(one: Held, codecs: dict[str, int]) -> bytes:
         cell.first_token,
         cell.offset,
         cell.checksum,
-        one.start,
+        start,
         name.n_chunks,
         cell.grid.stages,
         cell.grid.head_groups,
         cell.shard,
         cell.position,
         cell.length,
-        one.segment << 1 | (not cell.parent),
-        codecs[name.codec],
+        segment << 1 | (not cell.parent),
     )
 
 
@@ -125,7 +145,7 @@ def decode(data: bytes) -> Contents:
     view = memoryview(data)
     used: dict[int, float] = {}
     gone: set[int] = set()
-    names = _Names()
+    extents: dict[tuple[bytes, bytes, int, int, str], ExtentName] = {}  # one object each
     while at < len(data):
         end = _whole(view, at)
         if end is None:
@@ -137,7 +157,7 @@ def decode(data: bytes) -> Contents:
         _, _, kind, count, names_bytes, _ = _HEADER.unpack_from(view, at)
         body = view[at + _HEADER.size : end]
         if kind == HELD:
-            _decode_held(body, names_bytes, contents.held, names)
+            _decode_held(body, names_bytes, contents.held, extents)
         elif kind == USED:
             time_s, *ids = struct.unpack(f"<d{count}Q", body)
             used.update(dict.fromkeys(ids, time_s))
@@ -149,9 +169,8 @@ def decode(data: bytes) -> Contents:
     for one in gone:
         contents.held.pop(one, None)
     for one, time_s in used.items():
-        held = contents.held.get(one)
-        if held is not None:
-            contents.held[one] = held._replace(used_s=time_s)
+        if one in contents.held:
+            contents.held[one][0].used_s = time_s
     return contents
 
 
@@ -172,36 +191,30 @@ def _whole(view: memoryview, at: int) -> int | None:
     return end if xxh3(b"".join([head, body])) == checksum else None
 
 
-class _Names:
-    """Extent names and grids seen so far: one object each, however many cells there are."""
-
-    def __init__(self) -> None:
-        self.extents: dict[tuple[bytes, bytes, int, int, str], ExtentName] = {}
-        self.grids: dict[tuple[int, int], Grid] = {}
-
-
-def _decode_held(body: memoryview, names_bytes: int, into: dict[int, Held], known: _Names) -> None:
-    names = bytes(body[:names_bytes]).decode("ascii", "replace").split("\n")
-    codecs = [name if _CODEC.fullmatch(name) else None for name in names]
-    for fields in _RECORD.iter_unpack(body[names_bytes:]):
+def _decode_held(
+    body: memoryview,
+    names_bytes: int,
+    into: dict[int, tuple[Held, Known]],
+    extents: dict[tuple[bytes, bytes, int, int, str], ExtentName],
+) -> None:
+    codec_names = bytes(body[:names_bytes]).decode("ascii", "replace").split("\n")
+    codecs = [name if _CODEC.fullmatch(name) else None for name in codec_names]
+    for id_, used_s, record, codec_number in _TIMED.iter_unpack(body[names_bytes:]):
         (
-            id_, used_s, last_hash, nonce, born, prefix_hash, parent, first_token, offset, checksum, start,
-            n_chunks, stages, head_groups, shard, position, length, segment, codec_number,
-        ) = fields  # fmt: skip
+            last_hash, nonce, born, prefix_hash, parent, first_token, _, _, start,
+            n_chunks, stages, head_groups, shard, position, length, segment,
+        ) = _CELL.unpack(record)  # fmt: skip
         codec = codecs[codec_number] if codec_number < len(codecs) else None
         if codec is None or position >= n_chunks or shard >= stages * head_groups or not length or start % GRAIN_BYTES:
             continue
         key = (last_hash, nonce, n_chunks, born, codec)
-        extent = known.extents.get(key)
+        extent = extents.get(key)
         if extent is None:
-            extent = known.extents[key] = ExtentName(last_hash, n_chunks, codec, born, nonce.hex())
-        grid = known.grids.get((stages, head_groups))
-        if grid is None:
-            grid = known.grids[stages, head_groups] = Grid(stages, head_groups)
-        if segment & 1:
-            parent = b""
-        cell = CellRef(extent, grid, shard, position, offset, length, checksum, prefix_hash, parent, first_token)
-        into[id_] = Held(id_, used_s, cell, segment >> 1, start)
+            extent = extents[key] = ExtentName(last_hash, n_chunks, codec, born, nonce.hex())
+        own = part(stages, head_groups, shard)
+        above = None if segment & 1 else parent + own
+        known = Known(extent, prefix_hash + own, above, first_token, position, length, segment >> 1, start)
+        into[id_] = Held(id_, used_s, codec, record), known
 
 
 class JournalFile:

@@ -18,6 +18,7 @@ BENCHMARKS = {
     "index": "The index alone, up to 10 million entries.",
     "fleet": "64 writers on a real cluster.",
     "client": "Our S3 client beside obstore and boto3.",
+    "tiers": "The host and disk tiers beside memcpy and plain files.",
     "simulate": "1,000 instances, one day, in virtual time.",
 }
 """Each is a module of `lmcache_s3.benchmarks` with `main(json_path)`, imported when it is asked for."""
