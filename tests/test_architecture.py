@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,14 @@ def test_rooms_have_no_init_so_that_codecs_stays_the_standard_librarys() -> None
         link = ROOT / "lmcache_s3" / room
         assert link.is_symlink()
         assert link.readlink() == Path("..") / room
+
+
+def test_every_folder_of_modules_is_in_the_wheel() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        packages = set(tomllib.load(file)["tool"]["setuptools"]["packages"])
+    folders = {path.parent for path in package_files()}
+    found = {".".join(p.relative_to(ROOT).parts) for p in folders}
+    assert {name if name.startswith("lmcache_s3") else f"lmcache_s3.{name}" for name in found} == packages
 
 
 ENGINES = {"torch", "vllm", "triton"}

@@ -107,3 +107,12 @@ def quality(
         save_url=save,
         figure_path=figure,
     )
+
+
+@app.command()
+def policy(
+    trace: Annotated[Path, typer.Argument(help="A trace of requests: Mooncake's format, or Qwen-Bailian's.")],
+    json_path: JsonPath = None,
+) -> None:
+    """Eviction, admission and write-behind on a recorded trace (two minutes)."""
+    run("policy", json_path=json_path, trace_path=trace)

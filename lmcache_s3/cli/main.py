@@ -20,6 +20,7 @@ from lmcache_s3.cli.init import init
 from lmcache_s3.cli.log import log
 from lmcache_s3.cli.ls import ls
 from lmcache_s3.cli.rebuild import rebuild
+from lmcache_s3.cli.replay import replay_command
 from lmcache_s3.cli.verify import verify
 from lmcache_s3.extent import package_version
 
@@ -41,6 +42,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 for _function in (init, ls, info, du, log, verify, explain, doctor, gc, checkpoint, rebuild):
     app.command()(command(_function))
 app.command()(command(calibrate, url_is_option=True))
+app.command("replay")(replay_command)
 app.add_typer(bench.app, name="bench")
 
 

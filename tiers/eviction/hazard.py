@@ -44,7 +44,7 @@ class HazardPolicy:
         self._buckets: list[OrderedDict[Visit, None]] = [OrderedDict() for _ in range(KINDS * BINS)]
         self._queue: list[tuple[int, int]] = []
         """A heap of (rank, bucket): every bucket that is not empty, and some that are."""
-        self._learn_at_s = float("-inf")
+        self._now_s = self._learn_at_s = float("-inf")
         self._rank(np.tile(1 / (np.array(AGES_S[:-1]) + 60.0), (KINDS, 1)))
 
     def __len__(self) -> int:
@@ -186,6 +186,9 @@ class HazardPolicy:
         self._moved(visit, True)
 
     def _advance(self, now_s: float) -> None:
+        if now_s == self._now_s:
+            return
+        self._now_s = now_s
         self._visits.age(now_s)
         if now_s < self._learn_at_s:
             return

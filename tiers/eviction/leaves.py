@@ -30,6 +30,9 @@ class Leaves:
     def is_leaf(self, key: Hashable) -> bool:
         return key not in self._children
 
+    def rank_of(self, key: Hashable) -> float:
+        return self._ranks[key][0]
+
     def add(self, key: Hashable, parent: Hashable | None, rank: float) -> None:
         """A chunk that is not held yet."""
         self._parents[key] = parent
