@@ -42,6 +42,7 @@ class Lane:
         self._concurrency = Concurrency(most, start)
         self._lock = threading.Lock()
         self._waiting: deque[tuple[Future[None], Callable[[Slot], object]]] = deque()
+        self._for_later: deque[tuple[Future[None], Callable[[Slot], object]]] = deque()
         self._slots = 0
         self._closed = False
         self._threads = ThreadPoolExecutor(most + _SPARE_THREADS, name, on_thread_start or _nothing)
@@ -50,8 +51,11 @@ class Lane:
     def limit(self) -> int:
         return self._concurrency.limit
 
-    def submit(self, call: Callable[[Slot], object], *, next_up: bool = False, at_once: bool = False) -> Future[None]:
-        """Run `call(slot)` when a slot is free. next_up: before all that wait. at_once: now, without a slot."""
+    def submit(
+        self, call: Callable[[Slot], object], *, next_up: bool = False, at_once: bool = False, later: bool = False
+    ) -> Future[None]:
+        """Run `call(slot)` when a slot is free. next_up: before all that wait. later: after all that wait, also those
+        that come meanwhile. at_once: now, without a slot."""
         future: Future[None] = Future()
         with self._lock:
             if self._closed:
@@ -62,7 +66,7 @@ class Lane:
             if next_up:
                 self._waiting.appendleft((future, call))
             else:
-                self._waiting.append((future, call))
+                (self._for_later if later else self._waiting).append((future, call))
             self._fill()
         return future
 
@@ -94,7 +98,9 @@ class Lane:
         """Take nothing more; what waits for a slot is cancelled, what has one runs to its end."""
         with self._lock:
             self._closed = True
-            waiting, self._waiting = list(self._waiting), deque()
+            waiting = [*self._waiting, *self._for_later]
+            self._waiting.clear()
+            self._for_later.clear()
         for future, _ in waiting:
             future.cancel()
         self._threads.shutdown(wait=wait)
@@ -107,8 +113,8 @@ class Lane:
 
     def _fill(self) -> None:
         """With the lock."""
-        while self._waiting and self._slots < self._concurrency.limit:
-            future, call = self._waiting.popleft()
+        while (waiting := self._waiting or self._for_later) and self._slots < self._concurrency.limit:
+            future, call = waiting.popleft()
             self._slots += 1
             self._threads.submit(_run, future, call, Slot(self))
 

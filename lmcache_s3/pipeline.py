@@ -185,6 +185,7 @@ class Load:
                 lambda: self._given_up(piece),
                 self._asked,
                 done,
+                later=self._sink is None,
             )
         )
 

@@ -54,6 +54,7 @@ class Wanted:
     """What to read: bytes [start, start + n_bytes) of the object that holds `cell`, and extra_bytes of the budget.
 
     given_up: nobody wants it any more. asked: told of each request. done: gets the outcome, once; None: given up.
+    later: nobody waits for it (a prefetch), so all others go first.
     """
 
     cell: CellRef
@@ -64,6 +65,7 @@ class Wanted:
     given_up: Callable[[], bool]
     asked: Callable[[], None]
     done: Callable[[Filled | LMCacheS3Error | None], None]
+    later: bool = False
 
 
 class Reader:
@@ -90,7 +92,7 @@ class Reader:
     def read(self, wanted: Wanted) -> None:
         """Begin when it is this read's turn; `wanted.done` is called by another thread."""
         read = _Read(self, wanted)
-        self.step(lambda: self.lane.submit(read.begin), wanted.work)
+        self.step(lambda: self.lane.submit(read.begin, later=wanted.later), wanted.work)
 
     def buffer(self, n_bytes: int) -> memoryview:
         """Memory for which `rounded(n_bytes)` were taken from the budget; they go back with it."""
@@ -129,7 +131,6 @@ class _Part:
         self.where = where
         self.slot = Slot(None)
         self.asking = 0
-        self.twice = False
         self.filled: int | None = None
         """Number of the buffer that holds it."""
         self.error: LMCacheS3Error | None = None
@@ -194,16 +195,16 @@ class _Read:
         self._answer(part, which, error)
 
     def ask_again(self, part: _Part) -> None:
-        """Ask for a part a second time, if that is allowed and there is memory for it now. Does not block."""
+        """Ask for a part a second time: if that is allowed, there is memory for it now, and it is the first of this
+        read. Does not block."""
         reader, wanted = self._reader, self._wanted
         with self._lock:
-            if part.over or part.twice or wanted.given_up() or not reader.may_ask_again():
+            # One part of a read: else a second request that comes late could write into what is looked at.
+            if part.over or len(self._buffers) > 1 or wanted.given_up() or not reader.may_ask_again():
                 return
-            if len(self._buffers) == 1:
-                if not reader.budget.try_take(rounded(wanted.n_bytes)):
-                    return
-                self._buffers.append(reader.buffer(wanted.n_bytes))
-            part.twice = True
+            if not reader.budget.try_take(rounded(wanted.n_bytes)):
+                return
+            self._buffers.append(reader.buffer(wanted.n_bytes))
             part.asking += 1
         reader.metrics.add("hedged_requests")
         self._submit(part, 1, at_once=True)

@@ -26,14 +26,14 @@ def test_no_more_run_than_there_are_slots_and_what_is_next_up_goes_first() -> No
         order.append("first")
 
     first = lane.submit(waits)
-    later = [lane.submit(call(name)) for name in ("a", "b")]
+    later = [lane.submit(call("last"), later=True), *(lane.submit(call(name)) for name in ("a", "b"))]
     later.append(lane.submit(call("next"), next_up=True))
     lane.submit(call("at once"), at_once=True).result(5)
     assert order == ["at once"]
     go.set()
     for future in (first, *later):
         future.result(5)
-    assert order == ["at once", "first", "next", "a", "b"]
+    assert order == ["at once", "first", "next", "a", "b", "last"]
     lane.shutdown(wait=True)
 
 
