@@ -23,13 +23,13 @@ _CLIENTS: tuple[Client, ...] = get_args(Client)
 _BYTES = 256 << 20
 """Read and written in one turn."""
 _SIZES_MIB = (8, 32)
-_SMALL_BYTES, _SMALL = 1024, 500
+_SMALL_BYTES, _SMALL = 1024, 200
 
 Turns = dict[Client, list[Spent]]
 
 
 def main(json_path: Path | None = None, *, total_bytes: int = _BYTES, small: int = _SMALL, rounds: int = 5) -> bool:
-    """Run it, print the table, write the JSON; whether every goal was met. About a minute, 4 GiB of memory."""
+    """Run it, print the table, write the JSON; whether every goal was met. One to three minutes, 4 GiB of memory."""
     steps = Steps()
     figures: list[Figure] = []
     with ExitStack() as stack:
