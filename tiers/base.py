@@ -46,22 +46,28 @@ class Tier(Protocol):
     def get(self, cells: Sequence[CellRef]) -> list[Buffer]:
         """The stored bytes of every cell, in order, verified. All or nothing.
 
-        Cells of one extent and shard at consecutive positions are read as one range. Touches them for eviction.
-        Returned buffers are read-only to the caller and stay valid as long as they are referenced.
+        Cells that lie one after another are read as one range. Counts as a use of their prompt for eviction.
+        Returned buffers are read-only to the caller and stay valid as long as they are referenced; where they are the
+        tier's own memory (host) they count against its budget until then, evicted or not: let go of them soon.
         Raises `Missing`, `Unusable` (key = the extent; the bad cell is dropped here first), `Unavailable`.
         """
         ...
 
     def put(self, cells: Sequence[tuple[CellRef, Buffer]]) -> int:
-        """Keep these cells, evicting least recently used ones to stay within the budget; returns how many were kept.
+        """Keep these cells of one prompt, in order; returns how many were kept, those that were here already included.
 
-        Never exceeds the budget, not even for a moment; what does not fit is not kept. A failed put leaves no trace.
+        The tier's eviction policy says what goes for them, if they are worth it: never a cell whose next one is held,
+        nor what is being read. Never exceeds the budget, not even for a moment; what does not fit is not kept. Another
+        extent's cell in the same place of the same prompt is replaced. A failed put leaves no trace.
         Raises `Unusable` if bytes and reference disagree, `Unavailable` (disk full, read-only).
         """
         ...
 
     def evict(self, n_bytes: int) -> int:
-        """Drop least recently used cells until at least `n_bytes` are freed or nothing is left; returns bytes freed."""
+        """Drop cells, as the policy says, until at least `n_bytes` are freed or nothing is left; returns bytes freed.
+
+        What is being read is dropped too, and freed when it is let go of.
+        """
         ...
 
     def discard(self, cells: Sequence[CellRef]) -> None:

@@ -111,6 +111,10 @@ class BudgetedTier(ABC, Generic[H]):
         """Free what is held; returns the bytes freed at once, `n_bytes` or 0 (then `_used_bytes` is lowered later).
         Raises `Unavailable` if it cannot: it is held still."""
 
+    def _can_hold(self, cell: CellRef) -> bool:
+        """Whether it could be held if there were room."""
+        return True
+
     def _lend(self, held: H) -> None:
         """A cell is about to be read."""
 
@@ -140,7 +144,7 @@ class BudgetedTier(ABC, Generic[H]):
         found = self._read(list(zip(cells, held, strict=True)))
         bad = [(cell, one) for cell, one in zip(cells, found, strict=True) if isinstance(one, Unusable)]
         for cell, error in bad:
-            gone = not self._forget(cell)
+            gone = not self._forget(cell, held[cells.index(cell)])
             if gone or isinstance(error, Missing):  # evicted while it was read: no damage
                 raise Missing(f"{where(cell)} is not in tier {self.name} any more", key=str(cell.extent)) from error
             with self._lock:
@@ -215,8 +219,9 @@ class BudgetedTier(ABC, Generic[H]):
                     place = place_of(cell)
                     if place in here or place in self._writing:
                         continue
-                    fits = item.parent not in refused and own_bytes + item.n_bytes <= self._most_bytes
-                    entry = self._make(cell, item, spare, now_s) if fits else None
+                    fits = own_bytes + item.n_bytes <= self._most_bytes and self._can_hold(cell)
+                    wanted = fits and item.parent not in refused
+                    entry = self._make(cell, item, spare, now_s) if wanted else None
                     if entry is None:  # without it, what follows in the prompt is of no use
                         refused.add(place)
                         continue
@@ -275,10 +280,11 @@ class BudgetedTier(ABC, Generic[H]):
         for cell in cells:
             self._forget(cell)
 
-    def _forget(self, cell: CellRef) -> bool:
-        """Whether it was held. What cannot be dropped stays, and stays counted."""
+    def _forget(self, cell: CellRef, seen: H | None = None) -> bool:
+        """Whether it was held (and is still what the caller saw). What cannot be dropped stays, and stays counted."""
         with self._lock:
-            if self._find(cell) is None:
+            entry = self._find(cell)
+            if entry is None or (seen is not None and entry.held is not seen):
                 return False
             with contextlib.suppress(Unavailable):
                 self._remove(place_of(cell))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lmcache_s3.errors import Unusable
+from lmcache_s3.errors import Unavailable, Unusable
 from lmcache_s3.tiers.budgeted import BudgetedTier
 from lmcache_s3.tiers.eviction.base import EvictionPolicy
 from lmcache_s3.tiers.pinning import pin_for_cuda
@@ -39,7 +39,10 @@ class HostTier(BudgetedTier[Slot]):
         return slot_bytes(length)
 
     def _allot(self, cell: CellRef, n_bytes: int) -> Slot | None:
-        slot = self._slabs.take(n_bytes)
+        try:
+            slot = self._slabs.take(n_bytes)
+        except OSError as e:
+            raise Unavailable(f"no memory left: {e.strerror}", kind="full", key="host_bytes") from e
         if slot is not None:
             slot.pins = 1  # until it is written
         return slot

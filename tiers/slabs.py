@@ -7,7 +7,7 @@ one is emptied by moving what it holds into free slots of its size elsewhere. So
 the wrong size: what is free but of no use to a cell is less than a slab for each size in use, plus what is pinned.
 
 Invariant: bytes mapped ≤ budget. Memory that was used once is used again without being faulted in anew. Not
-thread-safe: its owner holds a lock. Raises nothing: no room is an answer.
+thread-safe: its owner holds a lock. No room is an answer; raises `OSError` where the system has less than the budget.
 """
 
 from __future__ import annotations
@@ -110,8 +110,6 @@ class Slabs:
                 if not self._reclaim(size):
                     return None
             slab = self._map(size_bytes, size)
-            if slab is None:
-                return None
         return self._occupy(slab, size)
 
     def give(self, slot: Slot) -> None:
@@ -155,12 +153,9 @@ class Slabs:
         slab.live[index] = slot
         return slot
 
-    def _map(self, size_bytes: int, size: _Size) -> Slab | None:
+    def _map(self, size_bytes: int, size: _Size) -> Slab:
         n_bytes = size_bytes * size.slots_a_slab
-        try:
-            mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        except OSError:  # the system has less than the budget promised
-            return None
+        mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if n_bytes >= _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
             mapping.madvise(mmap.MADV_HUGEPAGE)
         memory = np.frombuffer(mapping, np.uint8)  # the mapping lives as long as any view of it
@@ -192,7 +187,8 @@ class Slabs:
         for size in self._sizes.values():
             if size is but or size.free < size.slots_a_slab:
                 continue
-            slab = min((one for one in size.slabs if one.movable), key=lambda one: len(one.live), default=None)
+            emptiest_first = sorted(size.slabs, key=lambda one: len(one.live))
+            slab = next((one for one in emptiest_first if one.movable), None)
             if slab is None:
                 continue
             self._empty(size, slab)
