@@ -23,7 +23,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from lmcache_s3.errors import Invalid, Missing, Unavailable, Unusable
@@ -42,7 +41,7 @@ from lmcache_s3.tiers.journal import (
     encode_held,
     encode_used,
 )
-from lmcache_s3.tiers.segments import SEGMENT_BYTES, Place, Segments, runs_of
+from lmcache_s3.tiers.segments import SEGMENT_BYTES, Segments, runs_of
 from lmcache_s3.tiers.verify import verify, where
 from lmcache_s3.types import Buffer, CellRef
 
@@ -60,16 +59,7 @@ _READ_BYTES = 2 << 20
 """Most that is read at once: cells are verified while they are still in the processor's cache, or nearly."""
 
 
-@dataclass(slots=True, eq=False)
-class _Kept:
-    """A cell on disk. recorded: the journal says so."""
-
-    noted: Held
-    place: Place
-    recorded: bool
-
-
-class DiskTier(BudgetedTier[_Kept]):
+class DiskTier(BudgetedTier[Held]):
     """Cells on disk, which with all that belongs to them take at most `budget_bytes` of its blocks.
 
     clock: wall clock in seconds, for the order of use only. keep_buffers_bytes: memory kept for the next reads.
@@ -143,8 +133,7 @@ class DiskTier(BudgetedTier[_Kept]):
         for held, known in contents.held.values():
             latest[known.place] = held, known
         found = sorted(latest.values(), key=lambda one: one[0].used_s)
-        places = [Place(known.segment, known.start, known.length) for _, known in found]
-        there = self._segments.recover(places)
+        there = self._segments.recover([held.place for held, _ in found])
         n_tokens = self._chunk_tokens
         self._restore(
             (
@@ -152,13 +141,13 @@ class DiskTier(BudgetedTier[_Kept]):
                     known.place,
                     known.parent,
                     known.first_token + known.position * n_tokens,
-                    _room(known.length),
+                    _room(held.place.n_bytes),
                 ),
                 known.extent,
-                _Kept(held, place, True),
+                held,
                 held.used_s,
             )
-            for (held, known), place, here in zip(found, places, there, strict=True)
+            for (held, known), here in zip(found, there, strict=True)
             if here
         )
         self._journal.open(contents.n_bytes)  # also behind torn frames: what follows them is found again
@@ -174,19 +163,18 @@ class DiskTier(BudgetedTier[_Kept]):
     def _can_hold(self, cell: CellRef) -> bool:
         return can_hold(cell)
 
-    def _allot(self, cell: CellRef, n_bytes: int) -> _Kept | None:
+    def _allot(self, cell: CellRef, n_bytes: int) -> Held | None:
         try:
             place = self._segments.allot(cell.length)
         except OSError as e:
             raise self._unavailable(e) from e
         self._next_id += 1
-        record = encode_cell(cell, place.segment, place.start)
-        return _Kept(Held(self._next_id - 1, self._last_s, cell.extent.codec, record), place, recorded=False)
+        return Held(self._next_id - 1, self._last_s, cell.extent.codec, encode_cell(cell, place), place)
 
-    def _write(self, cells: Sequence[tuple[CellRef, _Kept, Buffer]]) -> None:
+    def _write(self, cells: Sequence[tuple[CellRef, Held, Buffer]]) -> None:
         try:
             self._segments.write([(kept.place, data) for _, kept, data in cells])
-            frames = encode_held([kept.noted for _, kept, _ in cells])
+            frames = encode_held([kept for _, kept, _ in cells])
             with self._journal_lock:
                 self._journal.append(frames)
                 for _, kept, _ in cells:
@@ -198,7 +186,7 @@ class DiskTier(BudgetedTier[_Kept]):
             with self._lock, contextlib.suppress(OSError):  # then it is tried again after the next
                 self._rewrite()
 
-    def _read(self, cells: Sequence[tuple[CellRef, _Kept]]) -> list[Buffer | Unusable]:
+    def _read(self, cells: Sequence[tuple[CellRef, Held]]) -> list[Buffer | Unusable]:
         out: list[Buffer | Unusable] = []
         for run in _bounded(runs_of([kept.place for _, kept in cells]), [cell.length for cell, _ in cells]):
             some = cells[run.start : run.stop]
@@ -213,22 +201,22 @@ class DiskTier(BudgetedTier[_Kept]):
                 out.append(_judge(cell, buffer[start : start + max(n_bytes, 0)].toreadonly(), gone=n_bytes < 0))
         return out
 
-    def _drop(self, held: _Kept, n_bytes: int) -> int:
+    def _drop(self, held: Held, n_bytes: int) -> int:
         try:
             self._segments.free(held.place)
         except OSError as e:
             raise self._unavailable(e) from e
         if held.recorded:
-            self._gone.append(held.noted.id)
-            self._used_s.pop(held.noted.id, None)
+            self._gone.append(held.id)
+            self._used_s.pop(held.id, None)
             if len(self._gone) >= _NOTES:
                 self._note()
         return n_bytes
 
-    def _used(self, entries: Sequence[Entry[_Kept]], now_s: float) -> None:
+    def _used(self, entries: Sequence[Entry[Held]], now_s: float) -> None:
         for entry in entries:
-            entry.held.noted.used_s = now_s
-            self._used_s[entry.held.noted.id] = now_s
+            entry.held.used_s = now_s
+            self._used_s[entry.held.id] = now_s
         self._uses += len(entries)
         if self._uses >= _NOTES:
             self._note()
@@ -254,7 +242,7 @@ class DiskTier(BudgetedTier[_Kept]):
     def _rewrite(self) -> None:
         """A new journal of what is held now. Raises `OSError`; the old one goes on then."""
         with self._journal_lock:
-            held = [entry.held.noted for entry in self._entries.values() if entry.held.recorded]
+            held = [entry.held for entry in self._entries.values() if entry.held.recorded]
             self._journal.rewrite(encode_held(held))
             self._gone.clear()
             self._used_s.clear()

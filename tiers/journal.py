@@ -37,6 +37,14 @@ _FRAME_RECORDS = 1024
 RECORD_BYTES = _TIMED.size
 
 
+class Place(NamedTuple):
+    """n_bytes from `start` on in a segment."""
+
+    segment: int
+    start: int
+    n_bytes: int
+
+
 class Known(NamedTuple):
     """Of a record, what is asked for at once. first_token: of the prompt, before the cell's extent."""
 
@@ -45,19 +53,18 @@ class Known(NamedTuple):
     parent: bytes | None
     first_token: int
     position: int
-    length: int
-    segment: int
-    start: int
 
 
 @dataclass(slots=True, eq=False)
 class Held:
-    """A cell as the journal knows it. used_s: Unix seconds of its last use. record: as `encode_cell` makes it."""
+    """A cell on disk. used_s: Unix seconds of its last use. record: see `encode_cell`. recorded: the journal has it."""
 
     id: int
     used_s: float
     codec: str
     record: bytes
+    place: Place
+    recorded: bool = False
 
 
 @dataclass(slots=True)
@@ -116,7 +123,7 @@ def _frame(kind: int, count: int, names: bytes, rest: bytes) -> bytes:
     return b"".join([head, xxh3(head + names + rest).to_bytes(8, "little"), names, rest])
 
 
-def encode_cell(cell: CellRef, segment: int, start: int) -> bytes:
+def encode_cell(cell: CellRef, place: Place) -> bytes:
     """The part of its record that never changes."""
     name = cell.extent
     return _CELL.pack(
@@ -128,14 +135,14 @@ def encode_cell(cell: CellRef, segment: int, start: int) -> bytes:
         cell.first_token,
         cell.offset,
         cell.checksum,
-        start,
+        place.start,
         name.n_chunks,
         cell.grid.stages,
         cell.grid.head_groups,
         cell.shard,
         cell.position,
         cell.length,
-        segment << 1 | (not cell.parent),
+        place.segment << 1 | (not cell.parent),
     )
 
 
@@ -213,8 +220,8 @@ def _decode_held(
             extent = extents[key] = ExtentName(last_hash, n_chunks, codec, born, nonce.hex())
         own = part(stages, head_groups, shard)
         above = None if segment & 1 else parent + own
-        known = Known(extent, prefix_hash + own, above, first_token, position, length, segment >> 1, start)
-        into[id_] = Held(id_, used_s, codec, record), known
+        held = Held(id_, used_s, codec, record, Place(segment >> 1, start, length), True)
+        into[id_] = held, Known(extent, prefix_hash + own, above, first_token, position)
 
 
 class JournalFile:

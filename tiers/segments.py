@@ -15,9 +15,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-from lmcache_s3.tiers.journal import GRAIN_BYTES
+from lmcache_s3.tiers.journal import GRAIN_BYTES, Place
 from lmcache_s3.types import Buffer
 
 SEGMENT_BYTES = 64 << 20
@@ -27,14 +26,6 @@ _OPEN_FILES = 64
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 _IOVECS = 512
 _PADDING = bytes(GRAIN_BYTES)
-
-
-class Place(NamedTuple):
-    """n_bytes from `start` on in a segment."""
-
-    segment: int
-    start: int
-    n_bytes: int
 
 
 def blocks_of(n_bytes: int) -> int:

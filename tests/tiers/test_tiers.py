@@ -17,8 +17,8 @@ from lmcache_s3.tiers.base import Tier
 from lmcache_s3.tiers.device import DeviceTier
 from lmcache_s3.tiers.disk import CELL_BYTES, FIXED_BYTES, DiskTier
 from lmcache_s3.tiers.host import HostTier
+from lmcache_s3.tiers.journal import Place
 from lmcache_s3.tiers.object import ObjectTier
-from lmcache_s3.tiers.segments import Place
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.tiers.stores.open import open_store
 from lmcache_s3.types import CellRef, shard_key
