@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lmcache_s3.tiers.journal import GRAIN_BYTES, Place
@@ -23,6 +23,7 @@ SEGMENT_BYTES = 64 << 20
 _FILE = re.compile(r"(0|[1-9][0-9]{0,8})\.cells", re.ASCII)
 _MOST = 1 << 30
 _OPEN_FILES = 64
+_RECENT = 3
 _PUNCH_HOLE_KEEP_SIZE = 0x02 | 0x01
 _IOVECS = 512
 _PADDING = bytes(GRAIN_BYTES)
@@ -57,31 +58,39 @@ class Segments:
         self._end = 0
         self._segment_bytes = segment_bytes if _punches(folder) else 1
 
-    def recover(self, places: Iterable[Place]) -> list[bool]:
-        """Start from what an earlier process left; which of `places` may still be there. All else is freed."""
-        wanted = list(places)
-        by_segment: dict[int, list[Place]] = {}
-        for place in wanted:
-            by_segment.setdefault(place.segment, []).append(place)
-        sizes: dict[int, int] = {}
+    def recover(self, wanted: Sequence[Place]) -> list[bool]:
+        """Start from what an earlier process left; which of `wanted` may still be there. All else is freed."""
+        files: dict[int, os.stat_result] = {}
         for entry in list(os.scandir(self._folder)):
             m = _FILE.fullmatch(entry.name)
-            if m is None or not entry.is_file(follow_symlinks=False):
+            if m is not None and entry.is_file(follow_symlinks=False):
+                files[int(m[1])] = entry.stat(follow_symlinks=False)
+        sizes = {number: info.st_size for number, info in files.items()}
+        live = dict.fromkeys(files, 0)
+        there: list[bool] = []
+        for segment, start, n_bytes in wanted:  # a hundred thousand, quickly
+            here = start + n_bytes <= sizes.get(segment, 0)
+            there.append(here)
+            if here:
+                live[segment] += -(-n_bytes // GRAIN_BYTES) * GRAIN_BYTES
+        newest = max(files, default=0)
+        untidy: dict[int, list[Place]] = {}
+        for number, info in files.items():
+            if not live[number]:
+                self.path(number).unlink()
                 continue
-            number = int(m[1])
-            if number in by_segment:
-                info = entry.stat(follow_symlinks=False)
-                sizes[number] = info.st_size
-                here = [place for place in by_segment[number] if place.start + place.n_bytes <= info.st_size]
-                self._live_bytes[number] = sum(blocks_of(place.n_bytes) for place in here)
-                if info.st_blocks * 512 > self._live_bytes[number]:
-                    self._punch_gaps(number, here, info.st_size)
-            if not self._live_bytes.get(number):
-                self._live_bytes.pop(number, None)
-                os.unlink(entry.path)
-            self._current = max(self._current, number + 1)
-        self._current = max([self._current, *(number + 1 for number in by_segment if number < _MOST)])
-        return [place.start + place.n_bytes <= sizes.get(place.segment, 0) for place in wanted]
+            self._live_bytes[number] = live[number]
+            # What a kill cut short lies in the newest. Elsewhere a few blocks more are the file system's own.
+            tolerated = 0 if number > newest - _RECENT else 2 * GRAIN_BYTES + live[number] // 128
+            if info.st_blocks * 512 > live[number] + tolerated:
+                untidy[number] = []
+        for place in wanted if untidy else ():
+            if place.segment in untidy:
+                untidy[place.segment].append(place)
+        for number, places in untidy.items():
+            self._punch_gaps(number, places, sizes[number])
+        self._current = 1 + max([-1, *files, *(one.segment for one in wanted if one.segment < _MOST)])
+        return there
 
     def _punch_gaps(self, number: int, places: Sequence[Place], size: int) -> None:
         """Free what was written, but never entered in the journal."""
