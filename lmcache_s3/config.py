@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lmcache_s3.resting import RestingTier
     from lmcache_s3.tiers.base import Tier
     from lmcache_s3.tiers.eviction.admission import SecondTouch
+    from lmcache_s3.tiers.eviction.base import EvictionPolicy
     from lmcache_s3.tiers.stores.open import StoreOptions
     from lmcache_s3.transfer import TransferSettings
 
@@ -403,21 +404,24 @@ class Settings(BaseSettings):
         owner: names this process's part of `disk_path` (its rank, say), where two processes cannot share one. space_id:
         names the model's part of it. Raises `Invalid` for a path or device that cannot be used.
         """
+        from lmcache_s3.tiers.eviction.hazard import HazardPolicy
+
         tiers: list[Tier] = []
         if self.device_bytes is not None:
-            tiers.append(_device_tier(self.device_bytes))
+            tiers.append(_device_tier(self.device_bytes, HazardPolicy(), self.chunk_tokens))
         if self.host_bytes is not None:
             from lmcache_s3.tiers.host import HostTier
 
-            tiers.append(HostTier(self.host_bytes))
+            tiers.append(HostTier(self.host_bytes, eviction=HazardPolicy(), chunk_tokens=self.chunk_tokens))
         if self.disk_bytes is not None and self.disk_path is not None:
             from lmcache_s3.tiers.disk import DiskTier
 
-            tiers.append(DiskTier(self.disk_path / space_id[:16] / owner, self.disk_bytes))
+            path = self.disk_path / space_id[:16] / owner
+            tiers.append(DiskTier(path, self.disk_bytes, eviction=HazardPolicy(), chunk_tokens=self.chunk_tokens))
         return tiers
 
 
-def _device_tier(budget_bytes: int) -> Tier:
+def _device_tier(budget_bytes: int, eviction: EvictionPolicy, chunk_tokens: int) -> Tier:
     try:
         from lmcache_s3.tiers.device import DeviceTier
     except ModuleNotFoundError as e:
@@ -426,7 +430,7 @@ def _device_tier(budget_bytes: int) -> Tier:
             kind="setting",
             key="device_bytes",
         ) from e
-    return DeviceTier(budget_bytes)
+    return DeviceTier(budget_bytes, eviction=eviction, chunk_tokens=chunk_tokens)
 
 
 def load_settings(**arguments: Any) -> Settings:
