@@ -55,7 +55,10 @@ class HazardPolicy:
             return
         self._advance(now_s)
         parts = self._visits.use(items, now_s, self._visit_of, len(self._held))
-        if parts is None:
+        if not parts:
+            for visit in dict.fromkeys(self._visit_of(item.key) for item in items):
+                if visit is not None and visit.placed:
+                    self._buckets[visit.kind * BINS + visit.bin].move_to_end(visit)
             return
         self._coming = {}
         for visit, part in parts:

@@ -76,8 +76,8 @@ class Visits:
 
     def use(
         self, items: Sequence[Item], now_s: float, visit_of: Callable[[Hashable], Visit | None], held: int
-    ) -> list[tuple[Visit, Sequence[Item]]] | None:
-        """A prompt's chunks were used; its stretches, each with its new visit, or None if it is the last use again.
+    ) -> list[tuple[Visit, Sequence[Item]]]:
+        """A prompt's chunks were used; its stretches, each with its new visit; none if it is the last use again.
 
         visit_of: of a chunk that is held. held: how many are.
         """
@@ -87,7 +87,7 @@ class Visits:
         matched = next((i + 1 for i in range(len(known) - 1, -1, -1) if known[i] is not None), 0)
         before = known[matched - 1] if matched else None
         if before is not None and matched == len(items) and now_s - before.born_s < _SAME_USE_S:
-            return None
+            return []
         joined = None
         if before is None and items[0].parent is not None:
             joined = visit_of(items[0].parent) or self._witnesses.get(items[0].parent)

@@ -41,6 +41,17 @@ class TestHazard(EvictionPolicyTests):
     def make_policy(self) -> EvictionPolicy:
         return HazardPolicy()
 
+    def test_a_use_within_a_second_is_the_same_use_and_counts_for_order_only(self) -> None:
+        policy = HazardPolicy()
+        a, b = chain("a", 2), chain("b", 2)
+        for i, prompt in enumerate((a, b)):
+            policy.use(prompt, 0.1 * i)
+            for item in prompt:
+                policy.add(item, 0.1 * i)
+        policy.use(a, 0.2)
+        assert policy.victim(0.3) == b[-1].key
+        assert not policy._visits.table.reuses.any()
+
     def test_it_starts_as_least_recently_used(self) -> None:
         policy = HazardPolicy()
         for i, name in enumerate("abc"):
