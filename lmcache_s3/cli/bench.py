@@ -19,6 +19,7 @@ BENCHMARKS = {
     "fleet": "64 writers on a real cluster.",
     "client": "Our S3 client beside obstore and boto3.",
     "tiers": "The host and disk tiers beside memcpy and plain files.",
+    "transfer": "Loads and stores beside the raw client, on a real server.",
     "simulate": "1,000 instances, one day, in virtual time.",
 }
 """Each is a module of `lmcache_s3.benchmarks` with `main(json_path)`, imported when it is asked for."""
@@ -114,5 +115,5 @@ def policy(
     trace: Annotated[Path, typer.Argument(help="A trace of requests: Mooncake's format, or Qwen-Bailian's.")],
     json_path: JsonPath = None,
 ) -> None:
-    """Eviction, admission and write-behind on a recorded trace (two minutes)."""
+    """Eviction, admission and write-behind on a recorded trace (a minute)."""
     run("policy", json_path=json_path, trace_path=trace)

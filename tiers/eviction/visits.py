@@ -204,6 +204,7 @@ class Visits:
                 self._moved(visit, True)
 
     def _forget(self, visit: Visit) -> None:
+        visit._left = 0.0  # nothing is learned of it any more
         for key in visit._witnesses:
             if self._witnesses.get(key) is visit:
                 del self._witnesses[key]

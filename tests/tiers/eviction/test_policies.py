@@ -83,3 +83,12 @@ class TestHazard(EvictionPolicyTests):
             policy.use(chain(f"p{i}", 30), 0.01 * i)
         assert len(policy._visits._witnesses) <= 65_536
         assert len(policy) == 0
+
+    def test_a_pause_of_weeks_is_no_trouble(self) -> None:
+        policy = HazardPolicy()
+        prompt = chain("p", 20)
+        for now_s in (0.0, 60.0, 2e6, 2e6 + 60, 9e9):
+            policy.use(prompt, now_s)
+            for item in prompt:
+                policy.add(item, now_s)
+        assert policy.victim(1e10) == prompt[-1].key
