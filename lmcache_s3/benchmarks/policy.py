@@ -5,8 +5,9 @@ its whole prefix is held. LRU, Belady, ours and libcachesim's are all judged on 
 knowing nothing and learns as it goes: nothing is trained beforehand, on no part of the trace.
 
 Write-behind: PUTs of all prompts of several turns and their answers, in chunks of 256 tokens that rest for a quarter of
-an hour at most. The goal is for extents of 128 chunks (256 MiB at 8 KiB a token: a small model, or a larger one well
-compressed); shorter ones stand beside it, and save less: the first prompts of chats are long and fill those at once.
+an hour at most. The figure with a goal is for extents of 128 chunks: a model of 8 KiB a token at the default
+`extent_bytes`, or a larger `extent_bytes`. Shorter extents stand beside it and save less, whatever the plan: the first
+prompts of chats are long and fill several of them at once. (An 8B model has 8 to 16 chunks an extent by default.)
 """
 
 from __future__ import annotations
