@@ -22,15 +22,18 @@ from lmcache_s3.tiers.stores.open import open_store
 SPACE = small_space()
 SETTINGS = IndexSettings(poll_s=0.3, hand_over_s=0.2, merge_s=0.3, single_writer=True)
 """The probe was made before: it need not be made two hundred times."""
+OPEN = "open"
 Replica()  # loads the kernels, once before all forks: on a busy machine two thirds of a writer's start
 
 
 def write(url: str, environment: Mapping[str, str], seed: int, pause_s: float, told: Connection) -> None:
-    """For ever. pause_s: between two extents, at most. told: gets the name of each that was acknowledged as live."""
+    """For ever. pause_s: between two extents, at most. told: gets `OPEN`, then the name of each extent that was
+    acknowledged as live."""
     os.environ.update(environment)
     rng = random.Random(seed)
     store = open_store(url)
     with Index.open(store, SPACE, settings=SETTINGS) as index:
+        told.send(OPEN)
         while True:
             hasher = PrefixHasher(SPACE.id, SPACE.chunk_tokens)
             hasher.extend([rng.randrange(50_000) for _ in range(SPACE.chunk_tokens * rng.randrange(1, 4))])
