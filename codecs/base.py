@@ -52,6 +52,10 @@ class KVCodec(ABC):
     """`[a-z0-9_-]+`; part of every extent's name."""
     exact: ClassVar[bool]
     """Decodes to the very bits that were encoded."""
+    encode_memory: ClassVar[float] = 4.0
+    """Most memory `encode` takes meanwhile, its result included, in parts of the raw cell (measured, and some more)."""
+    decode_memory: ClassVar[float] = 1.0
+    """The same of `decode`, beside `out`."""
 
     @property
     @abstractmethod

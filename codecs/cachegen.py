@@ -52,6 +52,8 @@ class CachegenCodec(KVCodec):
 
     id: ClassVar[str] = "cachegen"
     exact: ClassVar[bool] = False
+    encode_memory: ClassVar[float] = 2.6
+    decode_memory: ClassVar[float] = 0.4
 
     def __init__(self, level: str = "medium") -> None:
         if not isinstance(level, str) or level not in _SIXTEENTHS:

@@ -29,6 +29,8 @@ class FastCodec(KVCodec):
 
     id: ClassVar[str] = "fast"
     exact: ClassVar[bool] = True
+    encode_memory: ClassVar[float] = 1.0
+    decode_memory: ClassVar[float] = 0.0
 
     @property
     def config(self) -> Mapping[str, JSON]:

@@ -51,6 +51,8 @@ class LosslessCodec(KVCodec):
 
     id: ClassVar[str] = "lossless"
     exact: ClassVar[bool] = True
+    encode_memory: ClassVar[float] = 1.5
+    decode_memory: ClassVar[float] = 0.5
 
     @property
     def config(self) -> Mapping[str, JSON]:

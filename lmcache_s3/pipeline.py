@@ -123,7 +123,16 @@ class Load:
             far.append((run, [part for part, level in zip(run.parts, levels, strict=True) if level == last]))
         load_bytes = sum(part.cell.length for _, parts in far for part in parts)
         piece_bytes = means.reader.piece_bytes(load_bytes, means.most_piece_bytes)
-        remote = [p for run, parts in far for p in _cut(run, parts, piece_bytes, means.reader.gap_bytes)]
+        # Few pieces stay few: they end together anyway.
+        tail = len(self._chunks)
+        if load_bytes > 4 * piece_bytes:
+            tail = _last_quarter([part for _, parts in far for part in parts])
+        remote = [
+            piece
+            for run, parts in far
+            for some, size in _tapered(parts, tail, piece_bytes)
+            for piece in _cut(run, some, size, means.reader.gap_bytes)
+        ]
         near_bytes = sum(part.cell.length for _, parts in near for part in parts)
         share = max(_TASK_BYTES, near_bytes // (4 * means.n_workers))
         local = [p for run, parts in near for p in _cut(run, parts, min(share, means.most_piece_bytes), 0)]
@@ -220,7 +229,8 @@ class Load:
         """Memory for decoded cells, as many as are decoded at once."""
         if self._sink is None or type(codec).view is not KVCodec.view:
             return 0
-        return rounded(piece.cell_bytes) * min(len(piece.parts), self._means.n_workers)
+        each = rounded(piece.cell_bytes) + int(codec.decode_memory * piece.cell_bytes)
+        return each * min(len(piece.parts), self._means.n_workers)
 
     def _take(self, part: Part, data: Buffer, level: int, spec: CellSpec, codec: KVCodec) -> bool:
         """Decode and deliver one verified cell; whether its bytes are good."""
@@ -360,6 +370,24 @@ class _Processing:
             self._load._means.budget.give_back(self._extra_bytes)
             if not self._broken:
                 self._load._processed(good)
+
+
+def _last_quarter(parts: Sequence[Part]) -> int:
+    """The chunk with which the last quarter of a load's bytes begins."""
+    left = sum(part.cell.length for part in parts) // 4
+    for part in sorted(parts, key=lambda part: -part.chunk):
+        left -= part.cell.length
+        if left < 0:
+            return part.chunk + 1
+    return 0
+
+
+def _tapered(parts: Sequence[Part], tail_chunk: int, piece_bytes: int) -> Iterator[tuple[Sequence[Part], int]]:
+    """Cells, and how large their pieces may be: smaller at the end, so that little is left to decode after the last."""
+    head = [part for part in parts if part.chunk < tail_chunk]
+    tail = [part for part in parts if part.chunk >= tail_chunk]
+    yield head, piece_bytes
+    yield tail, max(1, piece_bytes // 2)
 
 
 def _cut(run: Run, parts: Sequence[Part], piece_bytes: int, gap_bytes: int) -> Iterator[Piece]:

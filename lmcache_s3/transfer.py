@@ -48,8 +48,8 @@ WAITING_SHARE = 0.25
 """Promotions wait for the end of their load, but hold at most this part of the budget meanwhile; more go on at once.
 What is left is enough for any piece, so no load waits for promotions that wait for it."""
 
-KEEP_SHARE = 0.5
-"""Memory that is kept for later while nobody uses it; it goes where the budget is needed for other sizes."""
+OBJECTS_SHARE = 1 / 128
+"""Of `staging_bytes`, for the small objects around the buffers."""
 
 STORE_SHARE = 0.75
 """Uploads use at most this part."""
@@ -70,7 +70,8 @@ class TransferSettings:
 
 def check_staging(staging_bytes: int, geometry: Geometry, codec: KVCodec) -> None:
     """Raises `Invalid` if the budget does not hold one chunk on its way."""
-    least = codec.max_encoded_bytes(CellSpec.of(geometry, Grid())) + geometry.chunk_bytes
+    encoded = codec.max_encoded_bytes(CellSpec.of(geometry, Grid()))
+    least = max(encoded + geometry.chunk_bytes, int(codec.encode_memory * geometry.chunk_bytes))
     if staging_bytes * STORE_SHARE < least:
         raise Invalid(
             f"staging_bytes={staging_bytes} does not hold a chunk of this model: give at least "
@@ -133,8 +134,9 @@ class Transfer:
         self.codec = codec
         self.settings = settings
         self.metrics = metrics or Metrics()
-        self.budget = ByteBudget(settings.staging_bytes)
-        self.buffers = BufferPool(int(settings.staging_bytes * KEEP_SHARE), settings.staging_bytes)
+        budget_bytes = settings.staging_bytes - int(settings.staging_bytes * OBJECTS_SHARE)
+        self.budget = ByteBudget(budget_bytes)
+        self.buffers = BufferPool(budget_bytes, budget_bytes)
         self._waiting, self._promoting = (
             ByteBudget(max(1, int(settings.staging_bytes * share))) for share in (WAITING_SHARE, PROMOTE_SHARE)
         )
@@ -146,12 +148,12 @@ class Transfer:
         check_staging(settings.staging_bytes, geometry, codec)
         self._deadlines = Deadlines(name="lmcache-s3-deadlines")
         self._hedges = Alarms(name="lmcache-s3-hedges")
-        n, cores = settings.io_threads, _cores()
+        n, self.cores = settings.io_threads, _cores()
         self._lanes = tuple(
             Lane(f"lmcache-s3-{name}", most, start=start, on_thread_start=on_thread_start)
             for name, most, start in (("load", n, 4), ("store", max(2, n // 2), 2))
         )
-        coders = min(n, cores)
+        coders = min(n, self.cores)
         pools = (("tiers", coders), ("decode", coders), ("encode", coders), ("promote", 1))
         self._pools = tuple(
             ThreadPoolExecutor(threads, f"lmcache-s3-{name}", on_thread_start) for name, threads in pools

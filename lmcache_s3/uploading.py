@@ -1,8 +1,8 @@
 """One upload: the cells of one shard encoded side by side, joined to one object, put once.
 
-Memory: where all cells have one length, they are encoded straight into the object. Others take their worst encoded size
-from the budget before they are encoded and give back the difference after; the object then takes its own, and its parts
-go when they are in it. No room → `Unavailable(full)` at once, for stores are what is dropped first.
+Memory: where all cells have one length, they are encoded straight into the object. Others take what
+encoding takes from the budget and give back the difference after; the object then takes its own, and its parts go when
+they are in it. No room → `Unavailable(full)` at once, for stores are what is dropped first.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ class Upload:
 
     def _encode_apart(self, i: int) -> Buffer:
         budget, share = self._means.budget, self._means.share
-        most = self._codec.max_encoded_bytes(self._spec)
+        raw_bytes = self.job.cells[i].nbytes
+        most = max(self._codec.max_encoded_bytes(self._spec), int(self._codec.encode_memory * raw_bytes))
         budget.take(most, share)
         kept = 0
         try:
