@@ -303,7 +303,7 @@ def _bounded(runs: Sequence[range], lengths: Sequence[int]) -> Iterator[range]:
 
 
 def _remove_old_layout(folder: Path) -> None:
-    """Before 0.2 there was a file a cell below `cells/`: nothing reads those any more. Strangers' files stay."""
+    """There used to be a file a cell below `cells/`: nothing reads those any more. Strangers' files stay."""
     if not folder.is_dir():
         return
     for part in list(folder.iterdir()):

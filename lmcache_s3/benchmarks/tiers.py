@@ -1,6 +1,6 @@
 """`lmcache-s3 bench tiers`: what the host and disk tiers cost beside plain memory and plain files on this machine.
 
-Everything that is compared runs in this process, in turn, several times; figures are medians. About a minute.
+What is compared runs in this process, in turn, several times; figures are medians. About a minute.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lmcache_s3.benchmarks.figures import Figure, report
-from lmcache_s3.benchmarks.in_turn import in_turn
+from lmcache_s3.benchmarks.in_turn import Race
 from lmcache_s3.benchmarks.steps import Steps
 from lmcache_s3.benchmarks.tiers_disk import bare_files, kills, reads, reopening
 from lmcache_s3.testing.cells import Cells, make_cells, refs
@@ -52,22 +52,20 @@ def _host(prompts: list[Cells]) -> list[Figure]:
     target = np.zeros((CELLS, CELL_BYTES), np.uint8)
     wanted = [refs(prompt) for prompt in prompts]
 
-    def ours() -> None:
-        for cells in wanted:
-            for i, data in enumerate(tier.get(cells)):
-                np.copyto(target[i], np.frombuffer(data, np.uint8))
+    def ours(i: int) -> None:
+        for k, data in enumerate(tier.get(wanted[i])):
+            np.copyto(target[k], np.frombuffer(data, np.uint8))
 
-    def memcpy() -> None:
-        for arrays in source:
-            for i, array in enumerate(arrays):
-                np.copyto(target[i], array)
+    def memcpy(i: int) -> None:
+        for k, array in enumerate(source[i]):
+            np.copyto(target[k], array)
 
-    taken = in_turn({"ours": ours, "memcpy": memcpy}, _ROUNDS)
+    race = Race({"ours": ours, "memcpy": memcpy}, PROMPTS, _ROUNDS)
     tier.close()
     n_bytes = CELL_BYTES * CELLS * PROMPTS
     return [
-        Figure("tiers.host_get_vs_memcpy", taken["memcpy"] / taken["ours"], "", 0.8, "higher"),
-        Figure("tiers.host_get_gb_per_s", n_bytes / taken["ours"] / 1e9, "GB/s", None, "higher"),
+        Figure("tiers.host_get_vs_memcpy", race.speed("ours", "memcpy"), "", 0.8, "higher"),
+        Figure("tiers.host_get_gb_per_s", n_bytes / race.median_s("ours") / 1e9, "GB/s", None, "higher"),
         *_drift(),
     ]
 

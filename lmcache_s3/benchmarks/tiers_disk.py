@@ -9,11 +9,10 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from lmcache_s3.benchmarks.figures import Figure
-from lmcache_s3.benchmarks.in_turn import in_turn
+from lmcache_s3.benchmarks.in_turn import Race
 from lmcache_s3.codecs.checksum import xxh3
 from lmcache_s3.errors import Unusable
 from lmcache_s3.testing.cells import Cells, make_cells, refs
@@ -32,20 +31,17 @@ def reads(path: Path, prompts: Sequence[Cells]) -> list[Figure]:
         tier.put(prompt)
     os.sync()
     wanted = [refs(prompt) for prompt in prompts]
-    files = sorted((path / "segments").iterdir())
-    sizes = [file.stat().st_size for file in files]
     piece = memoryview(mmap.mmap(-1, sum(cell.length for cell in wanted[0])))
+    files = sorted((path / "segments").iterdir(), key=lambda file: int(file.stem))
+    starts = [(file, at) for file in files for at in range(0, file.stat().st_size, len(piece))]
 
-    def ours() -> None:
-        for cells in wanted:
-            tier.get(cells)
-
-    def plain(flags: int = 0) -> None:
-        for file, size in zip(files, sizes, strict=True):
-            fd, at = os.open(file, os.O_RDONLY | flags), 0
-            while at < size:
-                at += os.preadv(fd, [piece], at)
-            os.close(fd)
+    def plain(i: int, flags: int = 0) -> None:
+        file, start = starts[i]
+        fd = os.open(file, os.O_RDONLY | flags)
+        got = 0
+        while got < len(piece):
+            got += os.preadv(fd, [piece[got:]], start + got)
+        os.close(fd)
 
     def forget() -> None:
         for file in files:
@@ -53,20 +49,20 @@ def reads(path: Path, prompts: Sequence[Cells]) -> list[Figure]:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(fd)
 
-    actions: dict[str, Callable[[], None]] = {
-        "ours": ours,
+    rivals: dict[str, Callable[[int], object]] = {
+        "ours": lambda i: tier.get(wanted[i]),
         "plain": plain,
-        "past the cache": lambda: plain(os.O_DIRECT),
+        "direct": lambda i: plain(i, os.O_DIRECT),
     }
-    cold, warm = in_turn(actions, _ROUNDS, forget), in_turn(actions, _ROUNDS)
+    cold, warm = Race(rivals, len(prompts), _ROUNDS, forget), Race(rivals, len(prompts), _ROUNDS)
     tier.close()
-    n_bytes = sum(sizes)
+    n_bytes = len(piece) * len(prompts)
     return [
-        Figure("tiers.disk_get_vs_raw", cold["plain"] / cold["ours"], "nothing in the page cache", 0.8, "higher"),
-        Figure("tiers.disk_get_vs_o_direct", cold["past the cache"] / cold["ours"], "", None, "higher"),
-        Figure("tiers.disk_get_gb_per_s", n_bytes / cold["ours"] / 1e9, "GB/s", None, "higher"),
-        Figure("tiers.disk_get_cached_vs_raw", warm["plain"] / warm["ours"], "all in it", None, "higher"),
-        Figure("tiers.disk_get_cached_gb_per_s", n_bytes / warm["ours"] / 1e9, "GB/s", None, "higher"),
+        Figure("tiers.disk_get_vs_raw", cold.speed("ours", "plain"), "nothing in the page cache", 0.8, "higher"),
+        Figure("tiers.disk_get_vs_o_direct", cold.speed("ours", "direct"), "", None, "higher"),
+        Figure("tiers.disk_get_gb_per_s", n_bytes / cold.median_s("ours") / 1e9, "GB/s", None, "higher"),
+        Figure("tiers.disk_get_cached_vs_raw", warm.speed("ours", "plain"), "all in it", None, "higher"),
+        Figure("tiers.disk_get_cached_gb_per_s", n_bytes / warm.median_s("ours") / 1e9, "GB/s", None, "higher"),
     ]
 
 
@@ -77,12 +73,6 @@ def bare_files(path: Path) -> list[Figure]:
     folder = path / "cells"
     folder.mkdir(parents=True)
     tier = DiskTier(path / "tier", 1 << 30)
-    taken: dict[str, list[float]] = {name: [] for name in ("tier put", "file put", "tier get", "file get")}
-
-    def timed(name: str, action: Callable[[], object]) -> None:
-        start = time.perf_counter()
-        action()
-        taken[name].append(time.perf_counter() - start)
 
     def write(prompt: Cells) -> None:
         for cell, data in prompt:
@@ -96,22 +86,24 @@ def bare_files(path: Path) -> list[Figure]:
             if xxh3(data) != cell.checksum:
                 raise Unusable("a file changed", kind="checksum")
 
-    for prompt in prompts:
-        timed("tier put", partial(tier.put, prompt))
-        timed("file put", partial(write, prompt))
-    for prompt in prompts:
-        timed("tier get", partial(tier.get, refs(prompt)))
-        timed("file get", partial(read, prompt))
+    puts: dict[str, Callable[[int], object]] = {
+        "tier": lambda i: tier.put(prompts[i]),
+        "files": lambda i: write(prompts[i]),
+    }
+    gets: dict[str, Callable[[int], object]] = {
+        "tier": lambda i: tier.get(refs(prompts[i])),
+        "files": lambda i: read(prompts[i]),
+    }
+    put, get = Race(puts, len(prompts), 1, warm_up=False), Race(gets, len(prompts), _ROUNDS)
     tier.close()
-    medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
     return [
-        Figure(f"tiers.disk_{how}_vs_file_a_cell", medians[f"file {how}"] / medians[f"tier {how}"], "", None, "higher")
-        for how in ("put", "get")
+        Figure("tiers.disk_put_vs_file_a_cell", put.speed("tier", "files"), "", None, "higher"),
+        Figure("tiers.disk_get_vs_file_a_cell", get.speed("tier", "files"), "", None, "higher"),
     ]
 
 
 def reopening(path: Path, n_cells: int) -> list[Figure]:
-    """Seconds from a new tier over a full directory to the first cells it serves; beside a scan of as many files."""
+    """Seconds from a new tier over a full directory to the first cells it serves."""
     rng = random.Random(3)
     tier = DiskTier(path, 8192 * n_cells + (1 << 20))
     prompt: Cells = []
