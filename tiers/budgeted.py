@@ -344,18 +344,30 @@ class BudgetedTier(ABC, Generic[H]):
         """Take over what a durable tier held before, each with the time of its last use, oldest first; what is over the
         budget goes."""
         with self._lock:
-            entries, add, used_bytes, used_s = self._entries, self._policy.add, 0, self._last_s
+            entries, used_bytes = self._entries, 0
+            prompt: list[Item] = []  # what was used at once and hangs together is told to the policy as one prompt
             for item, extent, held, used_s in found:  # a hundred thousand within a second
                 n_bytes = item.n_bytes
                 entries[cast(bytes, item.key)] = Entry(extent, n_bytes, held, True)
                 used_bytes += n_bytes
-                add(item, used_s)
-            self._used_bytes, self._last_s = used_bytes, used_s
+                if prompt and (used_s != self._last_s or item.parent != prompt[-1].key):
+                    self._take_over(prompt)
+                    prompt = []
+                prompt.append(item)
+                self._last_s = used_s
+            self._take_over(prompt)
+            self._used_bytes = used_bytes
             while self._used_bytes > self._most_bytes:
                 victim = self._policy.victim(self._now_s())
                 if victim is None:
                     break
                 self._evict_one(cast(bytes, victim))
+
+    def _take_over(self, prompt: list[Item]) -> None:
+        if prompt:
+            self._policy.use(prompt, self._last_s)
+            for item in prompt:
+                self._policy.add(item, self._last_s)
 
     def _now_s(self) -> float:
         self._last_s = max(self._last_s, self._clock())

@@ -18,6 +18,7 @@ from lmcache_s3.errors import Unusable
 from lmcache_s3.testing.cells import Cells, make_cells, refs
 from lmcache_s3.testing.killing import BUDGET_BYTES, killed_writer
 from lmcache_s3.tiers.disk import DiskTier
+from lmcache_s3.tiers.eviction.hazard import HazardPolicy
 
 _ROUNDS = 7
 _OPENS = 7
@@ -115,7 +116,7 @@ def reopening(path: Path, n_cells: int) -> list[Figure]:
     for _ in range(_OPENS):
         gc.collect()
         start = time.perf_counter()
-        tier = DiskTier(path, 8192 * n_cells + (1 << 20))
+        tier = DiskTier(path, 8192 * n_cells + (1 << 20), eviction=HazardPolicy())
         tier.get(refs(prompt))
         taken.append(time.perf_counter() - start)
         assert tier.stats().cells == n_cells // 50 * 50
