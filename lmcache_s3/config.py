@@ -181,8 +181,8 @@ class Settings(BaseSettings):
     )
     staging_bytes: Size = fields.size(
         "512MiB",
-        "Most host memory for KV on its way in or out, and a quarter more that is kept for the next reads; where it "
-        "does not suffice, stores are dropped first.",
+        "Most host memory for KV on its way in or out; what was needed once is kept for the next time. Where it does not "
+        "suffice, stores are dropped first.",
     )
     prefetch: Literal["off", "queued", "next_turn"] = fields.field(
         "queued",
@@ -206,10 +206,11 @@ class Settings(BaseSettings):
         "1GiB", "Most host memory for chunks that rest, in each engine process; beyond it the oldest go up at once."
     )
     io_threads: Count = fields.field(
-        8,
-        "Threads for requests and coding, in each process. More hide the store's latency and cost the engine CPU.",
+        16,
+        "Most requests at once for loads, in each process (half as many for stores), and threads that code; how many "
+        "requests the store is worth is learnt. More hide the latency of a far store.",
         what="a whole number from 1 to 256",
-        mend="write for example 8",
+        mend="write for example 16",
         ge=1,
         le=256,
     )

@@ -62,7 +62,7 @@ class TransferSettings:
     are read together at most (one cell at least). load_deadline_s, store_deadline_s: where a call states none."""
 
     staging_bytes: int = 512 << 20
-    io_threads: int = 32
+    io_threads: int = 16
     piece_bytes: int = 16 << 20
     load_deadline_s: float = 30.0
     store_deadline_s: float = 60.0
