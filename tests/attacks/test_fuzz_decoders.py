@@ -36,6 +36,7 @@ def test_what_is_changed_is_coded_and_not_raw(codec_id: str) -> None:
         assert encoder(codec_id, spec, POSITION).encode(cell, spec, POSITION)[HEADER_BYTES + 1] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec_id", CODEC_IDS)
 def test_of_every_dtype(codec_id: str) -> None:
     assert count_untyped(codec_id, 1000, seed=0) == 0

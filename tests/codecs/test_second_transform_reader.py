@@ -136,7 +136,9 @@ def second_reader(cell: bytes, shape: tuple[int, ...], file: bytes) -> np.ndarra
 
 
 @pytest.mark.parametrize("first_token", [0, 96])
-@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kv_dtype", [one if one == "bfloat16" else pytest.param(one, marks=pytest.mark.slow) for one in DTYPES]
+)
 @pytest.mark.parametrize("cut", ["layers", "joint"])
 def test_it_reads_what_the_codec_reads(cut: str, kv_dtype: KVDtype, first_token: int) -> None:
     shape = (2, 4, 65, 2, 12)

@@ -107,7 +107,9 @@ def decoded_by_the_codec(extent: MadeExtent) -> np.ndarray:
     return whole
 
 
-@pytest.mark.parametrize("codec_id", CODEC_IDS)
+@pytest.mark.parametrize(
+    "codec_id", [one if one == "fast" else pytest.param(one, marks=pytest.mark.slow) for one in CODEC_IDS]
+)
 def test_plain_zarr_in_another_process_reads_every_grid_and_dtype(
     codec_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

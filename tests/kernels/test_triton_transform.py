@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
         # some channels are turned; two tiles of tokens
         pytest.param((2, 1, 70, 1, 18), {"kv_dtype": "float32", "rotary": 6}, marks=pytest.mark.slow),
         ((1, 1, 20, 1, 7), {"kv_dtype": "float32", "rotary": 2}),  # an odd number of channels
-        ((2, 1, 40, 1, 16), {"kv_dtype": "float8_e4m3fn", "level": "coarse"}),
+        pytest.param((2, 1, 40, 1, 16), {"kv_dtype": "float8_e4m3fn", "level": "coarse"}, marks=pytest.mark.slow),
     ],
 )
 def test_decodes_to_the_cpus_bits(interpreter: Interpreter, shape: tuple[int, ...], options: dict[str, Any]) -> None:
