@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
+import sys
+import types
 import weakref
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from lmcache_s3.testing.cells import make_cells, refs
 from lmcache_s3.tiers.host import HostTier
+from lmcache_s3.tiers.pinning import pin_for_cuda
 from lmcache_s3.tiers.slabs import PAGE_BYTES, Slabs, Slot, slot_bytes
 
 MIB = 1 << 20
@@ -143,6 +146,34 @@ def test_memory_is_pinned_and_unpinned_with_its_slab() -> None:
         assert slot is not None
         slabs.give(slot)
     assert not pinned
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_cuda_locks_pages_where_a_process_uses_it(monkeypatch: pytest.MonkeyPatch, refuses: bool) -> None:
+    locked: dict[int, int] = {}
+
+    class Runtime:
+        def cudaHostRegister(self, address: int, n_bytes: int, flags: int) -> int:
+            locked[address] = n_bytes
+            return 2 if refuses else 0
+
+        def cudaHostUnregister(self, address: int) -> int:
+            del locked[address]
+            return 0
+
+    begun = False
+    cuda = types.SimpleNamespace(is_initialized=lambda: begun, cudart=Runtime)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=cuda))
+    memory = np.empty(1000, np.uint8)
+    assert pin_for_cuda(memory) is None
+    assert not locked
+    begun = True
+    undo = pin_for_cuda(memory)
+    assert locked == {memory.ctypes.data: 1000}
+    assert (undo is None) == refuses
+    if undo is not None:
+        undo()
+        assert not locked
 
 
 # --- the host tier on top
