@@ -181,8 +181,8 @@ class Settings(BaseSettings):
     )
     staging_bytes: Size = fields.size(
         "512MiB",
-        "Most host memory for KV on its way in or out; what was needed once is kept for the next time. Where it does not "
-        "suffice, stores are dropped first.",
+        "Most host memory for KV on its way in or out; what was needed once is kept for the next time. Where it does "
+        "not suffice, stores are dropped first.",
     )
     prefetch: Literal["off", "queued", "next_turn"] = fields.field(
         "queued",

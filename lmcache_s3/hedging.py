@@ -13,6 +13,8 @@ from collections import defaultdict, deque
 QUANTILE = 0.95
 PATIENCE = 1.5
 SHARE = 0.05
+LEAST_S = 0.02
+"""Nothing is asked again before that: where a request takes a millisecond, two take no less."""
 _LEAST = 16
 """Answers of a size class before anything is known."""
 _LAST = 128
@@ -33,7 +35,7 @@ class Hedging:
         if times is None or len(times) < _LEAST:
             return None
         ordered = sorted(times)
-        return ordered[min(len(ordered) - 1, int(QUANTILE * len(ordered)))] * PATIENCE
+        return max(LEAST_S, ordered[min(len(ordered) - 1, int(QUANTILE * len(ordered)))] * PATIENCE)
 
     def asked(self) -> None:
         """A first request was made."""

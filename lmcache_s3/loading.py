@@ -20,8 +20,8 @@ from lmcache_s3.types import CellRef, ChunkRef, ExtentName, ExtentRecord, Geomet
 Sink: TypeAlias = Callable[[int, range, range, np.ndarray], None]
 """Takes (index into the chunks asked for, model layers, model heads, decoded cell cut to those: axes
 `[kv, layer, token, head, channel]`, storage dtype). Called from several threads at once, once per chunk and overlapping
-shard. The array is not to be written, and to be copied from before the call returns: kept, it stays whole, but takes
-memory beyond the budget. Never called, nor still running, once the load's handle is done."""
+shard. The array is not to be written, and to be copied from before the call returns: kept, it stays whole, in memory that
+is meant for other loads. Never called, nor still running, once the load's handle is done."""
 
 
 @dataclass(frozen=True, slots=True)

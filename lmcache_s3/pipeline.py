@@ -189,7 +189,7 @@ class Load:
                 piece.parts[0].cell,
                 piece.start,
                 piece.n_bytes,
-                self._decoded_bytes(piece, codec),
+                self._decoded_bytes(piece, codec) * self._tasks(piece, codec),
                 self.work,
                 lambda: self._given_up(piece),
                 self._asked,
@@ -200,7 +200,7 @@ class Load:
 
     def _was_read(self, piece: Piece, codec: KVCodec, outcome: Filled | LMCacheS3Error | None) -> None:
         if isinstance(outcome, Filled):
-            tasks = _shares(piece, self._means.n_workers)
+            tasks = _shares(piece, self._tasks(piece, codec))
             process = _Processing(self, piece, codec, outcome, len(tasks))
             for task in tasks:
                 if not self._means.step(
@@ -226,11 +226,17 @@ class Load:
     # --- a cell
 
     def _decoded_bytes(self, piece: Piece, codec: KVCodec) -> int:
-        """Memory for decoded cells, as many as are decoded at once."""
+        """Memory for one decoded cell and for decoding it; 0 where nothing is decoded, or into no memory of its own."""
         if self._sink is None or type(codec).view is not KVCodec.view:
             return 0
-        each = rounded(piece.cell_bytes) + int(codec.decode_memory * piece.cell_bytes)
-        return each * min(len(piece.parts), self._means.n_workers)
+        return rounded(piece.cell_bytes) + int(codec.decode_memory * piece.cell_bytes)
+
+    def _tasks(self, piece: Piece, codec: KVCodec) -> int:
+        """How many tasks the cells of a piece make: as many as is worth while, and as there should be memory for."""
+        means = self._means
+        tasks = max(1, min(len(piece.parts), means.n_workers, piece.n_bytes // _TASK_BYTES))
+        each = self._decoded_bytes(piece, codec)
+        return tasks if not each else max(1, min(tasks, (means.budget.total_bytes // 4 - piece.n_bytes) // each))
 
     def _take(self, part: Part, data: Buffer, level: int, spec: CellSpec, codec: KVCodec) -> bool:
         """Decode and deliver one verified cell; whether its bytes are good."""
@@ -401,8 +407,7 @@ def _cut_piece(piece: Piece, parts: Sequence[Part]) -> Iterator[Piece]:
     return _cut(Run(piece.parts, piece.spec, piece.codec, piece.cell_bytes), parts, 1, 0)
 
 
-def _shares(piece: Piece, n_workers: int) -> list[Sequence[Part]]:
-    """The cells of a piece in about equal tasks, so that workers share it where it is worth their while."""
+def _shares(piece: Piece, tasks: int) -> list[Sequence[Part]]:
+    """The cells of a piece in so many about equal tasks."""
     n = len(piece.parts)
-    tasks = max(1, min(n, 2 * n_workers, piece.n_bytes // _TASK_BYTES))
     return [piece.parts[n * i // tasks : n * (i + 1) // tasks] for i in range(tasks)]

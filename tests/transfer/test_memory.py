@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 
 from lmcache_s3.errors import Invalid, Unavailable
 from lmcache_s3.testing.faults import Fault, FaultyStore
-from lmcache_s3.testing.small import random_kv, same_bits
+from lmcache_s3.testing.small import random_kv, same_bits, small_space
 from lmcache_s3.testing.whole_arrays import SPACE, MakeTransfer, N, load, upload
 from lmcache_s3.tiers.host import HostTier
 from lmcache_s3.tiers.stores.counting import CountingStore
@@ -86,4 +87,21 @@ def test_a_load_does_not_starve_on_its_own_promotions(make: MakeTransfer) -> Non
     assert not report.failed
     assert same_bits(out, kv)
     assert transfer.drain(5)
+    assert transfer.budget.held_bytes == 0
+
+
+def test_small_codes_of_large_cells_do_not_ask_for_more_memory_than_there_is(
+    make: MakeTransfer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many cells in one piece, many cores, a small budget: fewer are decoded at once."""
+    monkeypatch.setattr("lmcache_s3.transfer._cores", lambda: 16)
+    monkeypatch.setattr("lmcache_s3.pipeline._TASK_BYTES", 1)
+    geometry = small_space(chunk_tokens=128).geometry
+    kv = np.zeros((2, 4, 32 * 128, 4, 8), np.uint16)
+    chunks = upload(make(codec="cachegen", geometry=geometry, staging_bytes=64 << 20), kv)
+    transfer = make(codec="cachegen", geometry=geometry, staging_bytes=4 * geometry.chunk_bytes, io_threads=16)
+    handle = transfer.load(chunks, lambda *_: None, deadline_s=20)
+    assert handle.result(20).loaded_chunks == 32
+    assert transfer.drain(5)
+    assert transfer.buffers.peak_bytes <= transfer.budget.total_bytes
     assert transfer.budget.held_bytes == 0

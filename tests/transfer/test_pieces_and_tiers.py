@@ -27,6 +27,16 @@ def test_pieces_bound_requests_from_both_sides(make: MakeTransfer, store: Counti
         assert same_bits(out, kv)
 
 
+def test_the_first_nine_of_sixteen_chunks_are_one_request(make: MakeTransfer, store: CountingStore) -> None:
+    kv = random_kv(SPACE, 16 * N)
+    chunks = upload(make(), kv)
+    store.reset()
+    out, report, _ = load(make(), chunks[:9])
+    assert (report.requests, store.counts["get"]) == (1, 1)
+    assert store.read_bytes == sum(chunk.cell(0).length for chunk in chunks[:9])
+    assert same_bits(out, kv[:, :, : 9 * N])
+
+
 def test_what_was_uploaded_comes_from_the_host_and_what_was_loaded_is_promoted(
     make: MakeTransfer, store: CountingStore, tmp_path: Path
 ) -> None:
