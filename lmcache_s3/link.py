@@ -17,6 +17,8 @@ _MOST_LATENCY_S = 1.0
 _PIECES = 8
 """A load is cut into about so many: one is decoded while others are fetched, and little is left at the end."""
 
+_LEAST_BYTES = 2 << 20
+"""Less is no piece: a request costs money, and threads are woken for it."""
 _LATENCY_PART = 4
 """Requests overlap, so one may be mostly latency, but no more than this to one."""
 
@@ -52,4 +54,4 @@ class Link:
 
     def piece_bytes(self, load_bytes: int, most: int) -> int:
         """How many bytes to ask for at once in a load of `load_bytes`: a share of it, not mostly latency, ≤ `most`."""
-        return max(1, min(most, max(load_bytes // _PIECES, self.gap_bytes // _LATENCY_PART)))
+        return max(1, min(most, max(load_bytes // _PIECES, self.gap_bytes // _LATENCY_PART, _LEAST_BYTES)))

@@ -20,8 +20,8 @@ from lmcache_s3.types import CellRef, ChunkRef, ExtentName, ExtentRecord, Geomet
 Sink: TypeAlias = Callable[[int, range, range, np.ndarray], None]
 """Takes (index into the chunks asked for, model layers, model heads, decoded cell cut to those: axes
 `[kv, layer, token, head, channel]`, storage dtype). Called from several threads at once, once per chunk and overlapping
-shard. The array is not to be written, and to be copied from before the call returns: kept, it stays whole, in memory that
-is meant for other loads. Never called, nor still running, once the load's handle is done."""
+shard. The array is not to be written, and to be copied from before the call returns: kept, it stays whole, in memory
+that is meant for other loads. Never called, nor still running, once the load's handle is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,14 @@ class Plan:
     runs: list[Run]
     failed: dict[int, tuple[ExtentName, LMCacheS3Error]]
     shards: Counter[int]
+
+    def prompts(self) -> list[list[CellRef]]:
+        """The cells of each shard, in prompt order: as many prompts to a tier."""
+        shards: dict[tuple[Grid, int], list[CellRef]] = {}
+        for run in self.runs:
+            cell = run.parts[0].cell
+            shards.setdefault((cell.grid, cell.shard), []).extend(part.cell for part in run.parts)
+        return list(shards.values())
 
 
 def make_plan(geometry: Geometry, codecs: Codecs, chunks: Sequence[ChunkRef], layers: range, heads: range) -> Plan:

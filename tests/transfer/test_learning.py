@@ -120,7 +120,10 @@ def test_a_load_is_cut_into_several_pieces_but_not_into_crumbs() -> None:
     link = Link()
     assert link.piece_bytes(80 * MIB, 16 * MIB) == 10 * MIB
     assert link.piece_bytes(8000 * MIB, 16 * MIB) == 16 * MIB
-    assert link.piece_bytes(MIB, 16 * MIB) == link.gap_bytes // 4
+    assert link.piece_bytes(MIB, 16 * MIB) == 2 * MIB
+    for i in range(60):
+        link.seen(MIB + i % 8 * MIB, 0.5 + i % 8 * 0.01)
+    assert link.piece_bytes(MIB, 32 * MIB) == pytest.approx(12 * MIB, rel=0.2)
     assert link.piece_bytes(MIB, 1) == 1
 
 

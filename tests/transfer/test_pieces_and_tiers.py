@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from lmcache_s3.errors import Invalid
 from lmcache_s3.testing.small import random_kv, same_bits
 from lmcache_s3.testing.whole_arrays import SPACE, MakeTransfer, N, load, upload
 from lmcache_s3.tiers.disk import DiskTier
+from lmcache_s3.tiers.eviction.base import Item
+from lmcache_s3.tiers.eviction.lru import LRUPolicy
 from lmcache_s3.tiers.host import HostTier
 from lmcache_s3.tiers.stores.counting import CountingStore
 
@@ -129,3 +132,28 @@ def test_promotions_of_a_load_wait_for_its_end(make: MakeTransfer) -> None:
     assert set(kept) == {0}
     assert transfer.drain(5)
     assert transfer.stats()["host"].cells == len(kept)
+
+
+class Uses(LRUPolicy):
+    """Remembers what it was told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[list[int]] = []
+
+    def use(self, items: Sequence[Item], now_s: float) -> None:
+        self.told.append([item.depth_tokens // N for item in items])
+        super().use(items, now_s)
+
+
+def test_a_tier_hears_of_a_load_once_and_whole(make: MakeTransfer, store: CountingStore) -> None:
+    """However many pieces it is read and promoted in: policies learn from whole prompts."""
+    chunks = upload(make(), random_kv(SPACE, 8 * N))
+    uses = Uses()
+    reader = make(HostTier(1 << 20, eviction=uses, chunk_tokens=N), piece_bytes=1)
+    for _ in range(2):
+        load(reader, chunks)
+        assert reader.drain(5)
+    assert uses.told == [list(range(8))] * 2
+    reader.prefetch(chunks).result(5)
+    assert len(uses.told) == 2, "nobody has asked for it yet"
