@@ -66,6 +66,9 @@ class RestingTier:
                     return i
         return len(cells)
 
+    def use(self, cells: Sequence[CellRef]) -> None:
+        """Evicts nothing, so it need not know."""
+
     def get(self, cells: Sequence[CellRef]) -> list[Buffer]:
         with self._lock:
             try:

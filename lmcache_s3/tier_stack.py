@@ -50,6 +50,11 @@ class TierStack:
                     data[i], levels[i] = one, level
         return data, levels
 
+    def use(self, cells: Sequence[CellRef]) -> None:
+        """A prompt is used; see `Tier.use`."""
+        for tier in self.tiers:
+            tier.use(cells)
+
     def discard(self, cells: Sequence[CellRef]) -> None:
         """Forget damaged cells everywhere."""
         for tier in self.tiers:

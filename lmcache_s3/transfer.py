@@ -267,6 +267,9 @@ class Transfer:
     ) -> Handle[LoadReport]:
         chunks = tuple(chunks)
         plan = make_plan(self.geometry, self._codecs, chunks, layers, heads)
+        if sink is not None:  # what is fetched before anybody asks is no use yet
+            for cells in plan.prompts():
+                self.stack.use(cells)
         load = Load(self._load_means, chunks, plan, sink, on_fetched)
         load.work.handle.add_done_callback(self._count_load)
         self.watch(load.work, self.settings.load_deadline_s if deadline_s is None else deadline_s)

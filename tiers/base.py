@@ -43,10 +43,15 @@ class Tier(Protocol):
         """How many of the leading cells are here, without I/O. A promise of nothing: `get` may still miss."""
         ...
 
+    def use(self, cells: Sequence[CellRef]) -> None:
+        """A prompt is used: consecutive cells of one shard, from its beginning on, here or not. For eviction, which
+        learns from whole prompts; what `get` and `put` move of these cells within a minute is part of this use."""
+        ...
+
     def get(self, cells: Sequence[CellRef]) -> list[Buffer]:
         """The stored bytes of every cell, in order, verified. All or nothing.
 
-        Cells that lie one after another are read as one range. Counts as a use of their prompt for eviction.
+        Cells that lie one after another are read as one range. Counts as a use of them for eviction.
         Returned buffers are read-only to the caller and stay valid as long as they are referenced; where they are the
         tier's own memory (host) they count against its budget until then, evicted or not: let go of them soon.
         Raises `Missing`, `Unusable` (key = the extent; the bad cell is dropped here first), `Unavailable`.

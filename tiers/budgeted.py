@@ -15,6 +15,7 @@ import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
@@ -29,6 +30,10 @@ from lmcache_s3.types import Buffer, CellRef, ExtentName
 
 H = TypeVar("H")
 """What a tier holds for a cell: a piece of memory, a tensor, a place in a file."""
+
+_SAME_USE_S = 60.0
+"""What is moved within this time of a use that was told whole belongs to it."""
+_MOST_TOLD = 65_536
 
 
 @dataclass(slots=True, eq=False)
@@ -84,6 +89,8 @@ class BudgetedTier(ABC, Generic[H]):
         self._lock = threading.Lock()
         self._entries: dict[bytes, Entry[H]] = {}
         self._writing: set[bytes] = set()
+        self._told: OrderedDict[object, float] = OrderedDict()
+        """Places that `use` named lately, and when."""
         self._closed = False
         self._hits = self._misses = self._evicted = self._bad = self._read_bytes = self._written_bytes = 0
 
@@ -137,6 +144,22 @@ class BudgetedTier(ABC, Generic[H]):
                     return i
         return len(cells)
 
+    def use(self, cells: Sequence[CellRef]) -> None:
+        with self._lock:
+            now_s = self._now_s()
+            items = [self._item(cell) for cell in cells]
+            self._policy.use(items, now_s)
+            for item in items:
+                self._told[item.key] = now_s
+                self._told.move_to_end(item.key)
+            while len(self._told) > _MOST_TOLD:
+                self._told.popitem(last=False)
+
+    def _use_again(self, items: Sequence[Item], now_s: float) -> None:
+        """A use of these, unless `use` has just told of it."""
+        if not all(self._told.get(item.key, -_SAME_USE_S) > now_s - _SAME_USE_S for item in items):
+            self._policy.use(items, now_s)
+
     def get(self, cells: Sequence[CellRef]) -> list[Buffer]:
         if not cells:
             return []
@@ -161,7 +184,7 @@ class BudgetedTier(ABC, Generic[H]):
         with self._lock:
             self._check_open()
             now_s = self._now_s()
-            self._policy.use([self._item(cell) for cell in cells], now_s)
+            self._use_again([self._item(cell) for cell in cells], now_s)
             found: list[Entry[H]] = []
             absent: list[CellRef] = []
             for cell in cells:
@@ -207,7 +230,7 @@ class BudgetedTier(ABC, Generic[H]):
             self._check_open()
             now_s = self._now_s()
             items = [self._item(cell) for cell, _ in cells]
-            self._policy.use(items, now_s)
+            self._use_again(items, now_s)
             here = {place_of(cell): entry for cell, _ in cells if (entry := self._find(cell)) is not None}
             self._used(list(here.values()), now_s)
             own_bytes = sum(entry.n_bytes for entry in here.values())

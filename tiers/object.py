@@ -48,6 +48,9 @@ class ObjectTier:
     def match_prefix(self, cells: Sequence[CellRef]) -> int:
         return len(cells)
 
+    def use(self, cells: Sequence[CellRef]) -> None:
+        """Evicts nothing, so it need not know."""
+
     def get(self, cells: Sequence[CellRef]) -> list[Buffer]:
         out: list[Buffer] = []
         for run in ranges_of(cells):

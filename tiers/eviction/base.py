@@ -41,7 +41,7 @@ class EvictionPolicy(Protocol):
         ...
 
     def admit(self, item: Item, now_s: float, spare: Container[Hashable] = NOTHING) -> bool:
-        """Whether a chunk of the prompt last used, not held, deserves the place of the next victim; False also if there
+        """Whether a chunk of a prompt used lately, not held, deserves the place of the next victim; False also if there
         is no victim. After a refusal the caller keeps nothing of what follows in the prompt."""
         ...
 

@@ -24,6 +24,9 @@ _LEARN_EVERY_VISIT_S = 2e-3
 """Learning passes over all visits, a microsecond each: at most a two-thousandth of the time."""
 
 
+_MOST_COMING = 16_384
+
+
 class _Chunk:
     __slots__ = ("children", "parent", "visit")
 
@@ -39,8 +42,9 @@ class HazardPolicy:
         self._orphans: dict[Hashable, int] = {}
         """Held children of chunks that are not held."""
         self._visits = Visits(self._moved)
-        self._coming: dict[Hashable, Visit] = {}
-        """Of the last use: chunks that are not held."""
+        self._coming: OrderedDict[Hashable, Visit] = OrderedDict()
+        """Of the last uses: chunks that are not held. Prompts are used side by side, and what is to be kept of one may
+        come when others were used since."""
         self._buckets: list[OrderedDict[Visit, None]] = [OrderedDict() for _ in range(KINDS * BINS)]
         self._queue: list[tuple[int, int]] = []
         """A heap of (rank, bucket): every bucket that is not empty, and some that are."""
@@ -60,15 +64,17 @@ class HazardPolicy:
                 if visit is not None and visit.placed:
                     self._buckets[visit.kind * BINS + visit.bin].move_to_end(visit)
             return
-        self._coming = {}
         for visit, part in parts:
             for item in part:
                 chunk = self._held.get(item.key)
                 if chunk is None:
                     self._coming[item.key] = visit
+                    self._coming.move_to_end(item.key)
                 else:
                     chunk.visit = visit
                     self._hold(visit, item.key)
+        while len(self._coming) > _MOST_COMING:
+            self._coming.popitem(last=False)
 
     def admit(self, item: Item, now_s: float, spare: Container[Hashable] = NOTHING) -> bool:
         key = self.victim(now_s, spare)
