@@ -100,7 +100,7 @@ class Cache:
         self._behind: Behind | None = None
         if settings.write_behind_s > 0 and not settings.read_only:
             plan = WriteBehind(
-                extent_chunks=extent_chunks,
+                extent_bytes=settings.extent_bytes,
                 age_s=settings.write_behind_s,
                 max_bytes=int(settings.write_behind_bytes * PRESSURE),
             )

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 PRESSURE = 0.75
 """`max_bytes` as a part of the memory for what rests: what comes while uploads make room has room itself."""
-
-
+_MOST_CHUNKS = 65_535
+"""Of an extent: positions are u16 in the index."""
 _NEARLY = 0.75
 """When one run is old enough, those of so much of that age go with it: they share a version of the index."""
 
@@ -32,11 +32,12 @@ class Run:
 class WriteBehind:
     """What rests, as runs; oldest first. Not thread-safe.
 
-    extent_chunks: chunks of an extent at most. age_s: how long a chunk rests at most. max_bytes: that rest at most.
+    extent_bytes: of an extent at most (one chunk at least), as stored. age_s: how long a chunk rests at most.
+    max_bytes: that rest at most.
     """
 
-    def __init__(self, *, extent_chunks: int, age_s: float, max_bytes: int) -> None:
-        self._extent_chunks, self._age_s, self._max_bytes = extent_chunks, age_s, max_bytes
+    def __init__(self, *, extent_bytes: int, age_s: float, max_bytes: int) -> None:
+        self._extent_bytes, self._age_s, self._max_bytes = extent_bytes, age_s, max_bytes
         self._runs: dict[bytes, Run] = {}
         """By the prefix hash of the first chunk, in the order in which they began."""
         self._ends: dict[bytes, Run] = {}
@@ -51,17 +52,23 @@ class WriteBehind:
         left, left_bytes = list(hashes), n_bytes
         grown = self._ends.get(parent)
         while left:
-            if grown is None or len(grown.hashes) >= self._extent_chunks:
+            if grown is None or self._is_full(grown):
                 grown = self._runs[left[0]] = Run(parent, [], 0, now_s)
             else:
                 del self._ends[parent]
-            some = left[: self._extent_chunks - len(grown.hashes)]
+            fit = (self._extent_bytes - grown.n_bytes) * len(left) // max(left_bytes, 1)
+            some = left[: min(max(fit, 1), _MOST_CHUNKS - len(grown.hashes))]
             some_bytes = left_bytes * len(some) // len(left)
             grown.hashes += some
             grown.n_bytes += some_bytes
             parent = some[-1]
             self._ends[parent] = grown
             left, left_bytes = left[len(some) :], left_bytes - some_bytes
+
+    def _is_full(self, run: Run) -> bool:
+        """Whether another chunk like those in it is too much."""
+        n = len(run.hashes)
+        return n >= _MOST_CHUNKS or run.n_bytes * (n + 1) > self._extent_bytes * n
 
     @property
     def next_due_s(self) -> float | None:
@@ -76,7 +83,7 @@ class WriteBehind:
         age_s = _NEARLY * self._age_s if anyway else self._age_s
         for first, run in list(self._runs.items()):
             old = now_s >= run.since_s + age_s
-            if old or len(run.hashes) >= self._extent_chunks or self.n_bytes > self._max_bytes:
+            if old or self._is_full(run) or self.n_bytes > self._max_bytes:
                 due.append(self._runs.pop(first))
                 del self._ends[run.hashes[-1]]
                 self.n_bytes -= run.n_bytes

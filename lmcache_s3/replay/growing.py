@@ -105,7 +105,7 @@ def puts_at_once(grown: Sequence[Growth], extent_chunks: int) -> Puts:
 
 def puts_behind(grown: Sequence[Growth], extent_chunks: int, age_s: float) -> Puts:
     """They rest first, as `WriteBehind` says."""
-    plan = WriteBehind(extent_chunks=extent_chunks, age_s=age_s, max_bytes=1 << 62)
+    plan = WriteBehind(extent_bytes=extent_chunks, age_s=age_s, max_bytes=1 << 62)  # a chunk is a byte
     extents = versions = peak = tick = 0
     for one in grown:
         while (tick + 1) * _TICK_S <= one.time_s:

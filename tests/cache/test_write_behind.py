@@ -85,7 +85,7 @@ def test_what_is_old_enough_goes_up_by_itself() -> None:
 
 def test_an_extents_worth_does_not_rest() -> None:
     store = open_store(fresh_memory_url())
-    extent_bytes = 2 * SPACE.geometry.chunk_bytes
+    extent_bytes = 5 * SPACE.geometry.chunk_bytes // 2
     with opened(store, extent_bytes=extent_bytes) as cache:
         tokens, kv = random_tokens(5 * N), random_kv(SPACE, 5 * N)
         handle = cache.store(tokens, kv)

@@ -13,9 +13,9 @@ def h(*numbers: int) -> list[bytes]:
 
 
 def plan(**changes: float) -> WriteBehind:
-    values = {"extent_chunks": 4, "age_s": 10.0, "max_bytes": 1000} | changes
+    values = {"extent_bytes": 40, "age_s": 10.0, "max_bytes": 1000} | changes
     return WriteBehind(
-        extent_chunks=int(values["extent_chunks"]), age_s=values["age_s"], max_bytes=int(values["max_bytes"])
+        extent_bytes=int(values["extent_bytes"]), age_s=values["age_s"], max_bytes=int(values["max_bytes"])
     )
 
 
@@ -49,6 +49,12 @@ def test_an_extents_worth_goes_at_once_and_what_is_left_waits() -> None:
     assert behind.flush() == [Run(h(4)[0], h(5), 10, 1.0)]
 
 
+def test_chunks_larger_than_an_extent_go_one_by_one() -> None:
+    behind = plan(extent_bytes=5)
+    behind.add(h(0)[0], h(1, 2), 20, 0.0)
+    assert behind.due(0.0) == [Run(h(0)[0], h(1), 10, 0.0), Run(h(1)[0], h(2), 10, 0.0)]
+
+
 def test_a_branch_is_a_run_of_its_own() -> None:
     behind = plan()
     behind.add(h(0)[0], h(1, 2), 20, 0.0)
@@ -73,7 +79,7 @@ def test_under_pressure_the_oldest_goes_first() -> None:
 def test_each_chunk_goes_up_once_in_order_and_in_time(
     turns: list[tuple[int, int, float]], extent_chunks: int, max_bytes: int
 ) -> None:
-    behind = WriteBehind(extent_chunks=extent_chunks, age_s=10.0, max_bytes=max_bytes)
+    behind = WriteBehind(extent_bytes=10 * extent_chunks, age_s=10.0, max_bytes=max_bytes)
     now, number = 0.0, 100
     tails = dict.fromkeys(range(7), h(0)[0])
     came: dict[bytes, float] = {}

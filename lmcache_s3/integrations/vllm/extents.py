@@ -52,7 +52,7 @@ def _each(hashes: bytes) -> list[bytes]:
 
 
 class Extents:
-    """grid: how this engine divides chunks. extent_chunks: chunks of an extent at most. on_settled: called whenever an
+    """grid: how this engine divides chunks. extent_bytes: of an extent at most. on_settled: called whenever an
     extent is committed or given up, from any thread."""
 
     def __init__(
@@ -63,7 +63,7 @@ class Extents:
         counters: Counters,
         *,
         chunk_tokens: int,
-        extent_chunks: int,
+        extent_bytes: int,
         store_deadline_s: float,
         write_behind_s: float,
         write_behind_bytes: int,
@@ -71,7 +71,9 @@ class Extents:
         on_settled: Callable[[], None],
     ) -> None:
         self._facts, self._codec, self._grid, self._counters = facts, codec, grid, counters
-        self._chunk_tokens, self.extent_chunks = chunk_tokens, extent_chunks
+        self._chunk_tokens = chunk_tokens
+        self.extent_chunks = max(1, extent_bytes // facts.group_chunk_bytes(chunk_tokens))
+        """Chunks that are gathered for one upload at most."""
         self._deadline_s, self._clock, self._on_settled = store_deadline_s, clock, on_settled
         self._uploading: dict[str, _Uploading] = {}
         self._publishing: dict[str, Future[Verdict]] = {}
@@ -84,7 +86,7 @@ class Extents:
         self._behind: WriteBehind | None = None
         if write_behind_s > 0:
             max_bytes = int(write_behind_bytes * PRESSURE) * grid.shards  # each rank has its own memory
-            self._behind = WriteBehind(extent_chunks=extent_chunks, age_s=write_behind_s, max_bytes=max_bytes)
+            self._behind = WriteBehind(extent_bytes=extent_bytes, age_s=write_behind_s, max_bytes=max_bytes)
         self._flush = False
 
     # ---- looking up --------------------------------------------------------------------------------------------------
@@ -115,7 +117,9 @@ class Extents:
         hashes: Sequence[bytes],
     ) -> None:
         """Gathered chunks are an extent now: order its upload, or that it rests."""
-        to_rest = self._behind is not None and len(hashes) < self.extent_chunks
+        # As many as are gathered at most are, of an exact codec, an extent's worth; coded they are fewer bytes.
+        whole = self._codec.exact and len(hashes) >= self.extent_chunks
+        to_rest = self._behind is not None and not whole
         begun = self._begin(cache, parent, first_token, hashes, to_rest)
         orders.uploads.append(UploadOrder(staging, begun.name, self._grid, first_token, begun.hashes, parent, to_rest))
 

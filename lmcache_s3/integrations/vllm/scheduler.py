@@ -116,7 +116,7 @@ class SchedulerRole:
             grid,
             self.counters,
             chunk_tokens=settings.chunk_tokens,
-            extent_chunks=max(1, settings.extent_bytes // facts.group_chunk_bytes(settings.chunk_tokens)),
+            extent_bytes=settings.extent_bytes,
             store_deadline_s=settings.store_deadline_s,
             write_behind_s=settings.write_behind_s,
             write_behind_bytes=settings.write_behind_bytes,
