@@ -5,7 +5,6 @@ Parts: `transfer_wire` (a real server), `transfer_shape` (counted), `transfer_ti
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 
 from lmcache_s3.benchmarks.figures import report
@@ -13,7 +12,6 @@ from lmcache_s3.benchmarks.steps import Steps
 from lmcache_s3.benchmarks.transfer_shape import shape
 from lmcache_s3.benchmarks.transfer_time import overlap, slow_tail
 from lmcache_s3.benchmarks.transfer_wire import wire
-from lmcache_s3.testing.servers import CephRGW, S3Server, SeaweedFS
 
 EXTENTS = 8
 """Of 256 MiB: 2 GiB in all."""
@@ -28,8 +26,5 @@ def main(json_path: Path | None = None, *, extents: int = EXTENTS, rounds: int =
         figures += overlap(extents=max(1, extents // 2), rounds=rounds)
     with steps(f"{2 * loads} loads, half of them with 1 % of requests that hang"):
         figures += slow_tail(loads=loads)
-    with ExitStack() as stack:
-        server: S3Server = SeaweedFS() if CephRGW.missing() else CephRGW(capacity_bytes=6 << 30)
-        stack.enter_context(server)
-        figures += wire(server, steps, extents=extents, rounds=rounds)
+    figures += wire(steps, extents=extents, rounds=rounds)
     return report(figures, json_path)

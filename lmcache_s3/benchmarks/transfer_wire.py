@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 
@@ -18,7 +20,7 @@ from lmcache_s3.benchmarks.transfer_parts import LLAMA_8B, SPACE_ID, Engine, mad
 from lmcache_s3.benchmarks.transfer_raw import Meter, Range, RawClient, Spent
 from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.errors import Bug
-from lmcache_s3.testing.servers import S3Server
+from lmcache_s3.testing.servers import CephRGW, S3Server, SeaweedFS
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.stores.open import open_store
 from lmcache_s3.tiers.stores.options import StoreOptions
@@ -32,31 +34,42 @@ _RAW = ((4 << 20, 8), (8 << 20, 4), (8 << 20, 8), (16 << 20, 4), (16 << 20, 8))
 _PUT_AT_ONCE = (2, 4)
 
 
-def wire(server: S3Server, steps: Steps, *, extents: int, rounds: int) -> list[Figure]:
-    """extents: of 256 MiB, to be loaded. rounds: how often each is measured."""
-    url = server.make_bucket("lmcache-transfer") + "/cache"
-    os.environ.update(server.env())
-    store = open_store(url, options=StoreOptions(endpoint_url=server.endpoint_url, max_connections=64))
-    kv = made_up_kv(LLAMA_8B, 2)
-    settings = TransferSettings(staging_bytes=_STAGING_BYTES)
-    transfer = Transfer(store, SPACE_ID, LLAMA_8B, make_codec("fast"), [], settings=settings)
-    try:
-        with RawClient(url, server.env()) as raw:
-            with steps(f"storing beside obstore, {rounds} rounds"):
-                figures = _put(store, transfer, raw, kv, extents, rounds)
-            with steps(f"loading {extents} extents beside obstore and zarr, {rounds} rounds"):
-                figures += _get(store, transfer, raw, kv, extents, rounds)
-        return figures
-    finally:
-        transfer.close()
-        store.close()
+def wire(steps: Steps, *, extents: int, rounds: int) -> list[Figure]:
+    """extents: of 256 MiB, to be loaded. rounds: how often each is measured. Storing and loading have a server each,
+    for a server frees what is deleted when it likes."""
+    n = max(1, extents // 4)
+    room = (2 * (rounds + 2) * n + 2) * EXTENT_CHUNKS * LLAMA_8B.chunk_bytes
+    figures: list[Figure] = []
+    with _opened(room) as (store, transfer, raw), steps(f"storing beside obstore, {rounds} rounds"):
+        figures += _put(store, transfer, raw, made_up_kv(LLAMA_8B, 2), n, rounds)
+    room = (extents + 2) * EXTENT_CHUNKS * LLAMA_8B.chunk_bytes
+    with _opened(room) as (store, transfer, raw), steps(f"loading {extents} extents beside obstore and zarr"):
+        figures += _get(store, transfer, raw, made_up_kv(LLAMA_8B, 2), extents, rounds)
+    return figures
 
 
-def _put(
-    store: ObjectStore, transfer: Transfer, raw: RawClient, kv: np.ndarray, extents: int, rounds: int
-) -> list[Figure]:
-    """Half the extents at a time, so that the server's memory holds both sides'."""
-    n, seed = max(2, extents // 2), [1000]
+@contextmanager
+def _opened(room_bytes: int) -> Iterator[tuple[ObjectStore, Transfer, RawClient]]:
+    """A fresh server with so much room, a transfer over it, and the raw client of a process of its own."""
+    server: S3Server
+    with ExitStack() as stack:
+        if CephRGW.missing():
+            server = stack.enter_context(SeaweedFS())
+        else:
+            server = stack.enter_context(CephRGW(capacity_bytes=max(room_bytes, 4 << 30)))
+        url = server.make_bucket("lmcache-transfer") + "/cache"
+        os.environ.update(server.env())
+        store = open_store(url, options=StoreOptions(endpoint_url=server.endpoint_url, max_connections=64))
+        stack.callback(store.close)
+        settings = TransferSettings(staging_bytes=_STAGING_BYTES)
+        transfer = Transfer(store, SPACE_ID, LLAMA_8B, make_codec("fast"), [], settings=settings)
+        stack.callback(transfer.close)
+        yield store, transfer, stack.enter_context(RawClient(url, server.env()))
+
+
+def _put(store: ObjectStore, transfer: Transfer, raw: RawClient, kv: np.ndarray, n: int, rounds: int) -> list[Figure]:
+    """n: extents a round."""
+    seed = [1000]
 
     def clear() -> None:
         for info in list(store.list("")):
@@ -143,8 +156,6 @@ def _check(engine: Engine, kv: np.ndarray, chunks: int) -> None:
 
 def _side_by_side(calls: list[Callable[[], list[ChunkRef]]]) -> list[list[ChunkRef]]:
     """Two at a time: as many extents as half the staging memory holds."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(2) as pool:
         return [future.result() for future in [pool.submit(call) for call in calls]]
 
