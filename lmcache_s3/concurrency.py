@@ -1,7 +1,7 @@
 """How many requests at once a store is worth: learnt from what it carried with fewer and with more.
 
-Levels form a ladder (1, 2, 3, 4, 6, 8, 12 …). On each, the rate of a request (median of a window: stragglers do not
-count) times the level is what the store carries there. A step up is kept while it brings at least `WORTH` of what its
+Levels form a ladder (1, 2, 3, 4, 6, 8, 12 …). On each, the rate of a request times how many were under way (median of
+a window: stragglers do not count) is what the store carries there. A step up is kept while it brings at least `WORTH` of what its
 added requests promise; so a store that answers each client slowly gets many requests, a full link or a busy processor
 no more than fill it. What was learnt grows old and is tried again. A store that throttles halves the level at once.
 
@@ -14,9 +14,11 @@ import statistics
 
 from lmcache_s3.errors import Invalid
 
-WORTH = 0.3
+WORTH = 0.15
 """Of the throughput that added requests promise (if each were as fast as those before), what they must bring."""
 
+_LEAST = 2
+"""Fewer only where the store throttles: one request leaves the link idle between its answer and the next."""
 _WINDOW = 8
 """Requests measured on a level, at least, before the next step."""
 _OLD_WINDOWS = 24
@@ -55,9 +57,9 @@ class Concurrency:
         """A request that was answered. in_flight: how many were under way when it began, itself included."""
         if in_flight < _BUSY * self.limit or n_bytes <= 0 or seconds <= 0:
             return
-        self._rates.append(n_bytes / seconds)
+        self._rates.append(n_bytes / seconds * in_flight)
         if len(self._rates) >= max(_WINDOW, self.limit):
-            self._known[self._at] = (statistics.median(self._rates) * self.limit, self._windows)
+            self._known[self._at] = (statistics.median(self._rates), self._windows)
             self._rates.clear()
             self._windows += 1
             self._at = self._next()
@@ -86,9 +88,9 @@ class Concurrency:
         at, last = self._at, len(self._levels) - 1
         above = self._carried(at + 1) if at < last else None
         below = self._carried(at - 1) if at else None
-        pays = at == 0 or below is None or self._worth(at)
+        pays = below is None or self._worth(at)
         if at < last and (self._worth(at + 1) if above is not None else pays):
             return at + 1
-        if at and (below is None or not pays):
+        if at and (below is None or not pays) and self._levels[at - 1] >= _LEAST:
             return at - 1
         return at
