@@ -1,9 +1,10 @@
 """How many requests at once a store is worth: learnt from what it carried with fewer and with more.
 
 Levels form a ladder (1, 2, 3, 4, 6, 8, 12 …). On each, the rate of a request times how many were under way (median of
-a window: stragglers do not count) is what the store carries there. A step up is kept while it brings at least `WORTH` of what its
-added requests promise; so a store that answers each client slowly gets many requests, a full link or a busy processor
-no more than fill it. What was learnt grows old and is tried again. A store that throttles halves the level at once.
+a window: stragglers do not count) is what the store carries there. A step up is kept while it brings at least `WORTH`
+of what its added requests promise; so a store that answers each client slowly gets many requests, a full link or a busy
+processor no more than fill it. What was learnt grows old and is tried again. A store that throttles halves the level at
+once.
 
 Pure: no clock, no threads. Not thread-safe: its owner holds a lock. Raises `Invalid` for a limit below 1.
 """
