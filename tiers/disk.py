@@ -183,8 +183,8 @@ class DiskTier(BudgetedTier[Held]):
         except OSError as e:
             raise self._unavailable(e) from e
         if too_long:
-            with self._lock, contextlib.suppress(OSError):  # then it is tried again after the next
-                self._rewrite()
+            with self._lock:
+                self._shorten()
 
     def _read(self, cells: Sequence[tuple[CellRef, Held]]) -> list[Buffer | Unusable]:
         out: list[Buffer | Unusable] = []
@@ -207,6 +207,7 @@ class DiskTier(BudgetedTier[Held]):
         except OSError as e:
             raise self._unavailable(e) from e
         if held.recorded:
+            held.recorded = False  # no new journal has it
             self._gone.append(held.id)
             self._used_s.pop(held.id, None)
             if len(self._gone) >= _NOTES:
@@ -235,6 +236,12 @@ class DiskTier(BudgetedTier[Held]):
         self._uses = 0
         with self._journal_lock, contextlib.suppress(OSError):
             self._journal.append(frames)
+        if self._too_long(self._journal.n_bytes):  # who only reads writes notes, too
+            self._shorten()
+
+    def _shorten(self) -> None:
+        with contextlib.suppress(OSError):  # then it is tried again after the next
+            self._rewrite()
 
     def _too_long(self, n_bytes: int) -> bool:
         return n_bytes > 2 * len(self._entries) * RECORD_BYTES + _SLACK_BYTES

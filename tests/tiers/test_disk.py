@@ -206,6 +206,38 @@ def test_the_journal_stays_short(tmp_path: Path) -> None:
     tier.close()
 
 
+def test_the_journal_stays_short_where_cells_are_only_read(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 2 * MIB)
+    cells = make_cells(random.Random(1), [10] * 20)
+    tier.put(cells)
+    for i in range(6000):
+        tier.get(refs(cells)[i % 20 :][:1])
+    assert (tmp_path / "journal").stat().st_size < 100_000
+    tier.discard(refs(cells)[10:])
+    tier.close()
+    again = DiskTier(tmp_path, 2 * MIB)
+    assert plain(again.get(refs(cells)[:10])) == [data for _, data in cells[:10]]
+    assert again.match_prefix(refs(cells)[10:]) == 0
+    again.close()
+
+
+def test_what_goes_while_the_journal_is_rewritten_is_not_in_the_new_one(tmp_path: Path) -> None:
+    tier = DiskTier(tmp_path, 4 * MIB)
+    rng = random.Random(1)
+    tier.put(kept := make_cells(rng, [10] * 4))
+    for i in range(2000):
+        tier.put(cells := make_cells(rng, [10]))
+        for _ in range(i % 3):
+            tier.get(refs(kept))
+        tier.discard(refs(cells))
+    os.close(tier._lock_fd)  # as a kill would
+    again = DiskTier(tmp_path, 4 * MIB)
+    # What went since the last note is still named: so many at most.
+    assert again.stats().cells <= 4 + 256
+    assert again.match_prefix(refs(kept)) == 4
+    again.close()
+
+
 # --- restarts
 
 

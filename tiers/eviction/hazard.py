@@ -71,6 +71,7 @@ class HazardPolicy:
                     self._coming[item.key] = visit
                     self._coming.move_to_end(item.key)
                 else:
+                    self._let_go(chunk.visit)
                     chunk.visit = visit
                     self._hold(visit, item.key)
         while len(self._coming) > _MOST_COMING:
@@ -91,7 +92,10 @@ class HazardPolicy:
         visit = self._coming.pop(item.key, None)
         if visit is None:  # not heard of in the last use, such as what lay on a disk before
             self.use([item], now_s)
-            visit = self._coming.pop(item.key, None) or Visit(0, now_s, [item], 1, 0, 0)
+            visit = self._coming.pop(item.key, None)
+        if visit is None:  # the last use again
+            visit = Visit(0, now_s, [item], 1, 0, 0)
+            self._visits.follow(visit)
         self._held[item.key] = _Chunk(item.parent, visit, self._orphans.pop(item.key, 0))
         self._hold(visit, item.key)
         if item.parent is not None:
@@ -105,6 +109,7 @@ class HazardPolicy:
         chunk = self._held.pop(key, None)
         if chunk is None:
             return
+        self._let_go(chunk.visit)
         if chunk.children:
             self._orphans[key] = chunk.children
         if chunk.parent is None:
@@ -174,7 +179,17 @@ class HazardPolicy:
 
     def _hold(self, visit: Visit, key: Hashable) -> None:
         visit.keys.append(key)
+        visit.held += 1
         self._place(visit)
+
+    def _let_go(self, visit: Visit) -> None:
+        """A chunk was used again, or goes. What holds none leaves its bucket, for it may be long until that is searched."""
+        visit.held -= 1
+        if not visit.held:
+            visit.keys.clear()
+            if visit.placed:
+                self._moved(visit, False)
+                visit.placed = False
 
     # --- buckets
 

@@ -3,7 +3,8 @@
 A *visit* is one use of a stretch of a prompt. The chunks that a next turn finds again belong together and come back
 together, so outcomes are learned by visit. A visit outlives its chunks: a few of its keys, the *witnesses*, are
 remembered when the chunks are gone, so that a chat that comes back after its KV was evicted (or refused) is recognised,
-and what would have been a reuse is learned from. Memory: at most eight witnesses a visit, and a bounded number in all.
+and what would have been a reuse is learned from. Memory: at most eight witnesses a visit, and a bounded number in all; a
+visit of which all came back, and that holds no chunk, is dropped when it comes to its next age.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ class Visit:
     """One use of a stretch of a prompt.
 
     turn: how many-th of its conversation. grown_tokens: what this turn added. end_tokens: depth of its last chunk.
-    sharers: prompts, other than later turns, that came by here. bin: of its age. keys, placed: the policy's: chunks
-    whose last visit this was, and whether it lies in a bucket.
+    sharers: prompts, other than later turns, that came by here. bin: of its age. keys, held, placed: the policy's: chunks
+    whose last visit this was (and some that are so no more), how many of them are held, and whether it lies in a bucket.
     """
 
     __slots__ = (
         *("kind", "bin", "born_s", "turn", "grown_tokens", "end_tokens", "sharers"),
-        *("keys", "placed", "_witnesses", "_each", "_left", "_counted_s"),
+        *("keys", "held", "placed", "_witnesses", "_each", "_left", "_counted_s"),
     )
 
     def __init__(self, kind: int, born_s: float, items: Sequence[Item], turn: int, grown: int, sharers: int) -> None:
@@ -55,6 +56,7 @@ class Visit:
         self.bin = 0
         self.end_tokens = items[-1].depth_tokens
         self.keys: list[Hashable] = []
+        self.held = 0
         self.placed = False
         n = len(items)
         few = range(n) if n <= _WITNESSES else [i * (n - 2) // (_WITNESSES - 2) for i in range(_WITNESSES - 2)]
@@ -112,6 +114,10 @@ class Visits:
                     self._forget(visit)
                     continue
                 self._moved(visit, False)
+                if not visit.held and visit._left < visit._each / 2:  # all of it was used since
+                    visit.bin = BINS - 1
+                    self._moved(visit, True)
+                    continue
                 visit.bin = bin_ + 1
                 self._moved(visit, True)
                 self._by_bin[bin_ + 1].append(visit)
@@ -123,6 +129,10 @@ class Visits:
                 self._count(visit, now_s - visit.born_s)
         self.table.forget()
         return self.table
+
+    def follow(self, visit: Visit) -> None:
+        """It grows older like those that `use` made. born_s: now."""
+        self._by_bin[0].append(visit)
 
     def __len__(self) -> int:
         return sum(map(len, self._by_bin))

@@ -92,3 +92,25 @@ class TestHazard(EvictionPolicyTests):
             for item in prompt:
                 policy.add(item, now_s)
         assert policy.victim(1e10) == prompt[-1].key
+
+    def test_a_prompt_used_for_ever_costs_no_more_than_one_used_once(self) -> None:
+        policy = HazardPolicy()
+        prompt = chain("p", 30)
+        for i in range(2000):
+            policy.use(prompt, 1.5 * i)
+            for item in prompt:
+                policy.add(item, 1.5 * i)
+        visits = {visit for bucket in policy._buckets for visit in bucket} | {c.visit for c in policy._held.values()}
+        assert len(policy._visits) <= 10
+        assert sum(len(visit.keys) for visit in visits) == len(prompt)
+
+    def test_what_is_taken_again_at_once_grows_old_all_the_same(self) -> None:
+        policy = HazardPolicy()
+        [item] = chain("p", 1)
+        policy.use([item], 0.0)
+        policy.add(item, 0.0)
+        policy.remove(item.key)
+        policy.add(item, 0.5)
+        for i in range(3000):
+            policy.use([Item("q", None, 0, 1)], 100.0 * i)
+        assert policy._held[item.key].visit.bin > 0
