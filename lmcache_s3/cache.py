@@ -215,6 +215,8 @@ class Cache:
         shape = (geometry.kv, geometry.layers, match.tokens, geometry.heads, geometry.head_dim)
         if out is None:
             out = np.empty(shape, geometry.storage_dtype)
+        elif not isinstance(out, np.ndarray):
+            raise Invalid(f"out is a {type(out).__name__}, not a numpy array", kind="argument", key="out")
         elif out.ndim != 5 or (*out.shape[:2], *out.shape[3:]) != (*shape[:2], *shape[3:]) or out.shape[2] < shape[2]:
             raise Invalid(f"out is {list(out.shape)}, the match is {list(shape)}", kind="argument", key="out")
         elif out.dtype != geometry.storage_dtype or not out.flags.writeable:
@@ -282,9 +284,8 @@ class Cache:
         return self._storer.store(root, hashes, known, array, deadline_s=seconds + self.settings.write_behind_s)
 
     def flush(self) -> None:
-        """Upload what rests (`write_behind_s`) now; the handles of its stores tell when it is acknowledged."""
-        if self._behind is not None:
-            self._behind.flush()
+        """Upload now what rests (`write_behind_s`) of all stores until now; their handles tell when that is done."""
+        self._storer.flush()
 
     def _note(self, match: Match, report: LoadReport) -> None:
         """What was loaded was hit. Unusable bytes are an extent's fault; an unavailable store is not."""

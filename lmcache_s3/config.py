@@ -276,6 +276,11 @@ class Settings(BaseSettings):
         "lose each other's entries."
     )
 
+    @field_validator("prefetch", mode="before")
+    @classmethod
+    def _off_in_yaml(cls, value: object) -> object:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
     @field_validator("codec")
     @classmethod
     def _known_codec(cls, value: str) -> str:
@@ -431,7 +436,14 @@ def _device_tier(budget_bytes: int, eviction: EvictionPolicy, chunk_tokens: int)
             kind="setting",
             key="device_bytes",
         ) from e
-    return DeviceTier(budget_bytes, eviction=eviction, chunk_tokens=chunk_tokens)
+    try:
+        return DeviceTier(budget_bytes, eviction=eviction, chunk_tokens=chunk_tokens)
+    except Invalid as e:
+        raise Invalid(
+            f"device_bytes: {budget_bytes} needs a GPU ({e}); leave device_bytes out",
+            kind="setting",
+            key="device_bytes",
+        ) from e
 
 
 def load_settings(**arguments: Any) -> Settings:

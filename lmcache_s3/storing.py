@@ -158,6 +158,7 @@ class Storer:
         self._grid = grid
         self._chunks_per_extent = extent_chunks
         self._behind = behind
+        self._flushes = 0
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="lmcache-s3-storer")
 
     def store(
@@ -168,12 +169,16 @@ class Storer:
             kv.nbytes // kv.shape[2] * self._transfer.geometry.chunk_tokens * (len(hashes) - known)
         )
         self._transfer.watch(work, deadline_s)
+        flushes = self._flushes
 
         def run() -> None:
             try:
                 self._run(work, root, hashes, known, kv)
             except LMCacheS3Error as e:
                 work.fail(e)
+            finally:
+                if self._behind is not None and self._flushes != flushes:  # asked for before all of it had come to rest
+                    self._behind.flush()
 
         if not work.over:
             try:
@@ -231,6 +236,12 @@ class Storer:
                 _cancel(uploads)
                 self._transfer.forget_rested([name])
             raise
+
+    def flush(self) -> None:
+        """Have go up what rests, and what the stores asked for until now will lay to rest."""
+        if self._behind is not None:
+            self._flushes += 1
+            self._behind.flush()
 
     def close(self) -> None:
         """Stores not begun fail with `Unavailable(closed)`."""

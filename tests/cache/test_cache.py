@@ -277,6 +277,8 @@ def test_out_may_be_the_callers(pair: tuple[Cache, Cache]) -> None:
     for bad in (np.zeros((2, 4, 3 * N, 4, 8), np.uint16), np.zeros(kv.shape, np.float16), np.zeros(3), frozen):
         with pytest.raises(Invalid):
             writer.retrieve(match, out=bad)
+    with pytest.raises(Invalid, match="out is a list"):
+        writer.retrieve(match, out=[1])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kv", [np.zeros((2, 4, N, 4, 7), np.uint16), np.zeros((2, 4, N, 4, 8), np.float16), [1, 2]])

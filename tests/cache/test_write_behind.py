@@ -76,6 +76,16 @@ def test_turns_rest_are_loaded_and_go_up_as_one_extent(head_groups: int) -> None
         assert same_bits(other.retrieve(other.lookup(tokens)).result(5).array, kv)
 
 
+def test_a_flush_waits_for_no_store_to_come_to_rest() -> None:
+    with opened(open_store(fresh_memory_url())) as cache:
+        tokens, kv = random_tokens(9 * N), random_kv(SPACE, 9 * N)
+        handles = [cache.store(tokens[: n * N], kv[:, :, : n * N]) for n in (2, 5, 9)]
+        cache.flush()
+        for handle in handles:
+            handle.result(10)
+        assert same_bits(cache.retrieve(cache.lookup(tokens)).result(5).array, kv)
+
+
 def test_what_is_old_enough_goes_up_by_itself() -> None:
     store = open_store(fresh_memory_url())
     with opened(store, write_behind_s=0.2) as cache:

@@ -159,6 +159,17 @@ def test_file_that_is_not_there_and_an_empty_one(tmp_path: Path) -> None:
     assert load_settings(url=URL, settings_file=tmp_path / "empty.yaml").url == URL
 
 
+def test_off_without_quotes_is_false_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "settings.yaml").write_text("prefetch: off\n")
+    assert load_settings(url=URL, settings_file=tmp_path / "settings.yaml").prefetch == "off"
+    (tmp_path / "settings.yaml").write_text("prefetch: on\n")
+    assert "prefetch: True is not off, queued or next_turn" in message(
+        url=URL, settings_file=tmp_path / "settings.yaml"
+    )
+    monkeypatch.setenv("LMCACHE_S3_PREFETCH", "off")
+    assert load_settings(url=URL).prefetch == "off"
+
+
 def test_mistakes_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_S3_PORT", "tcp://10.0.0.1:80")
     monkeypatch.setenv("LMCACHE_S3_SERVICE_HOST", "10.0.0.1")
