@@ -208,11 +208,11 @@ def test_the_journal_stays_short(tmp_path: Path) -> None:
 
 def test_the_journal_stays_short_where_cells_are_only_read(tmp_path: Path) -> None:
     tier = DiskTier(tmp_path, 2 * MIB)
-    cells = make_cells(random.Random(1), [10] * 20)
+    cells = make_cells(random.Random(1), [10] * 250)
     tier.put(cells)
-    for i in range(6000):
-        tier.get(refs(cells)[i % 20 :][:1])
-    assert (tmp_path / "journal").stat().st_size < 100_000
+    for i in range(12_000):
+        tier.get(refs(cells)[i % 250 :][:1])
+    assert (tmp_path / "journal").stat().st_size < 200_000
     tier.discard(refs(cells)[10:])
     tier.close()
     again = DiskTier(tmp_path, 2 * MIB)

@@ -183,7 +183,7 @@ class HazardPolicy:
         self._place(visit)
 
     def _let_go(self, visit: Visit) -> None:
-        """A chunk was used again, or goes. What holds none leaves its bucket, for it may be long until that is searched."""
+        """A chunk was used again, or goes. A visit without any leaves its bucket: nobody may look there for long."""
         visit.held -= 1
         if not visit.held:
             visit.keys.clear()

@@ -3,8 +3,8 @@
 A *visit* is one use of a stretch of a prompt. The chunks that a next turn finds again belong together and come back
 together, so outcomes are learned by visit. A visit outlives its chunks: a few of its keys, the *witnesses*, are
 remembered when the chunks are gone, so that a chat that comes back after its KV was evicted (or refused) is recognised,
-and what would have been a reuse is learned from. Memory: at most eight witnesses a visit, and a bounded number in all; a
-visit of which all came back, and that holds no chunk, is dropped when it comes to its next age.
+and what would have been a reuse is learned from. Memory: at most eight witnesses a visit, and a bounded number in all;
+a visit of which all came back, and that holds no chunk, is dropped when it comes to its next age.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Visit:
     """One use of a stretch of a prompt.
 
     turn: how many-th of its conversation. grown_tokens: what this turn added. end_tokens: depth of its last chunk.
-    sharers: prompts, other than later turns, that came by here. bin: of its age. keys, held, placed: the policy's: chunks
-    whose last visit this was (and some that are so no more), how many of them are held, and whether it lies in a bucket.
+    sharers: prompts, other than later turns, that came by here. bin: of its age. keys, held, placed: the policy's:
+    chunks whose last visit this was (some are gone), how many of them are held, and whether it lies in a bucket.
     """
 
     __slots__ = (
