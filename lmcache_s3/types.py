@@ -280,7 +280,7 @@ def runs_of(refs: Sequence[ChunkRef]) -> list[tuple[ExtentRecord, int, int]]:
     """Runs of consecutive positions in one extent: (extent, start, stop), in order. One range GET a run and shard."""
     runs: list[tuple[ExtentRecord, int, int]] = []
     for ref in refs:
-        if runs and runs[-1][0] is ref.extent and runs[-1][2] == ref.position:
+        if runs and runs[-1][0].name == ref.extent.name and runs[-1][2] == ref.position:
             runs[-1] = (ref.extent, runs[-1][1], ref.position + 1)
         else:
             runs.append((ref.extent, ref.position, ref.position + 1))

@@ -72,6 +72,7 @@ def test_turns_rest_are_loaded_and_go_up_as_one_extent(head_groups: int) -> None
         got = cache.retrieve(old).result(5)  # matched when it rested, loaded from where it is now
         assert same_bits(got.array, kv)
         assert got.report.tier_bytes.keys() == {"object"}
+        assert got.report.requests == head_groups, "one extent, read as one"
     with opened(open_store(url)) as other:
         assert same_bits(other.retrieve(other.lookup(tokens)).result(5).array, kv)
 
