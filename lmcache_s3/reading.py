@@ -130,6 +130,7 @@ class _Part:
     def __init__(self, read: _Read, where: range) -> None:
         self.where = where
         self.slot = Slot(None)
+        self.begun = False
         self.asking = 0
         self.filled: int | None = None
         """Number of the buffer that holds it."""
@@ -153,7 +154,8 @@ class _Read:
         self._lock = threading.Lock()
 
     def begin(self, slot: Slot) -> None:
-        """Take memory and ask for all parts; the first in this thread. Blocks until there is room."""
+        """Take memory and ask for all parts; those that nobody else has begun in this thread. Blocks until there is
+        room."""
         wanted, reader = self._wanted, self._reader
         size = rounded(wanted.n_bytes) + wanted.extra_bytes
         if wanted.given_up() or not reader.budget.wait(size, wanted.given_up):
@@ -164,14 +166,20 @@ class _Read:
             part.asking = 1
         for part in reversed(self._parts[1:]):
             self._submit(part, 0, next_up=True)
-        self._fetch(self._parts[0], 0, slot)
+        # Not the first alone: others may have all slots, and wait for the memory that is held here.
+        for part in self._parts:
+            self._fetch(part, 0, slot)
 
     def _submit(self, part: _Part, which: int, **how: bool) -> None:
         call, lane = functools.partial(self._fetch, part, which), self._reader.lane
         self._reader.step(lambda: lane.submit(call, **how), self._wanted.work)
 
     def _fetch(self, part: _Part, which: int, slot: Slot) -> None:
-        """One GET. which: the buffer to read into."""
+        """One GET. which: the buffer to read into; a part is read into the first one once."""
+        with self._lock:
+            if not which and part.begun:
+                return
+            part.begun = True
         wanted, reader = self._wanted, self._reader
         n_bytes = len(part.where)
         error: LMCacheS3Error | None = None
