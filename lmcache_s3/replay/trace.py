@@ -9,7 +9,6 @@ Raises `Invalid` naming the line.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ _BAILIAN_TOKENS = 16
 _CHUNK_TOKENS = 256
 """Blocks smaller than this are joined, as the cache would."""
 _MAX_LINE_BYTES = 64 << 20
+_MAX_NUMBER = 1 << 53
+"""Times and lengths up to here are exact as floats; JSON's may be any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +79,9 @@ def _fields(line: bytes, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as e:
-        raise Invalid(f"{where}: is not JSON", kind="argument") from e
+        raise Invalid(f"{where}: is not JSON; a trace has one JSON object a line", kind="argument") from e
     if not isinstance(fields, dict):
-        raise Invalid(f"{where}: is not a JSON object", kind="argument")
+        raise Invalid(f"{where}: is not a JSON object; a trace has one a line", kind="argument")
     return fields
 
 
@@ -96,13 +97,15 @@ def _use(
     ids = fields.get("hash_ids")
     if not isinstance(time, int | float) or not isinstance(n_input, int) or not isinstance(n_output, int):
         raise Invalid(f"{where}: lacks timestamp, input_length or output_length as numbers", kind="argument")
-    if not math.isfinite(time):
-        raise Invalid(f"{where}: timestamp {time} is no time", kind="argument")
+    if not abs(time) <= _MAX_NUMBER:
+        raise Invalid(f"{where}: timestamp {str(time)[:40]} is no time", kind="argument")
     if not isinstance(ids, list) or not all(isinstance(one, int) for one in ids):
         raise Invalid(f"{where}: lacks hash_ids, a list of integers", kind="argument")
-    if n_input < 0 or n_output < 0 or not -1 <= len(ids) - n_input / block_tokens < 1.5:
+    if not (0 <= n_input <= _MAX_NUMBER and 0 <= n_output <= _MAX_NUMBER):
+        raise Invalid(f"{where}: input_length or output_length is no number of tokens", kind="argument")
+    if not -1 <= len(ids) - n_input / block_tokens < 1.5:
         raise Invalid(
-            f"{where}: {len(ids)} blocks of {block_tokens} tokens do not fit {n_input} tokens; state --block-tokens",
+            f"{where}: {len(ids)} blocks of {block_tokens} tokens do not fit {n_input} tokens; mend --block-tokens",
             kind="argument",
         )
     blocks = []

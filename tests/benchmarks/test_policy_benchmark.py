@@ -59,7 +59,22 @@ def test_replay_prints_json_and_a_table_and_draws(trace: Path, tmp_path: Path) -
     done = CliRunner().invoke(app, ["replay", str(trace), *tiers, "--policy", "belady"])
     assert done.exit_code == 0, done.output
     assert "belady" in done.stdout
-    assert CliRunner().invoke(app, ["replay", str(trace), "--policy", "clever"]).exit_code == 2
+    assert f"requests of {15 * 512} prompt tokens in" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--policy", "lru", "--policy", "clever"], "'clever' is no policy"),
+        (["--tiers", "host=40,object"], "tier host: 40 bytes hold no chunk of 64.0 MiB"),
+        (["--plot", "hits"], "hits: write a file name that ends in .svg, .png or .pdf"),
+        (["--plot", "/none/hits.svg"], "/none/hits.svg: there is no directory /none"),
+    ],
+)
+def test_what_a_replay_is_asked_wrongly_is_said_before_it_runs(trace: Path, options: list[str], says: str) -> None:
+    done = CliRunner().invoke(app, ["replay", str(trace), *options])
+    assert done.exit_code == 2
+    assert says in done.stderr
 
 
 def test_tiers_are_written_as_the_help_says() -> None:

@@ -67,7 +67,10 @@ def test_the_same_id_after_another_beginning_is_another_chunk(tmp_path: Path) ->
         ('{"timestamp": NaN, "input_length": 1, "output_length": 1, "hash_ids": [1]}', "no time"),
         (mooncake(0, 600, [1, 2]) | {"hash_ids": ["a"]}, "hash_ids"),
         (mooncake(0, 5000, [1, 2]), "block-tokens"),
-        (mooncake(0, -1, []), "fit"),
+        (mooncake(0, -1, []), "no number of tokens"),
+        (mooncake(10**400, 600, [1, 2]), "no time"),
+        (mooncake(0, 10**400, [1, 2]), "no number of tokens"),
+        (mooncake(0, 600, [1, 2], 10**400), "no number of tokens"),
     ],
 )
 def test_what_is_no_trace_is_refused_by_line(tmp_path: Path, line: dict[str, Any] | str, says: str) -> None:
