@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from lmcache_s3.errors import LMCacheS3Error, Unavailable
+from lmcache_s3.errors import Unavailable
 from lmcache_s3.index.service import Index, Verdict
 from lmcache_s3.publish import Publisher
 from lmcache_s3.resting import RestingIndex
@@ -24,10 +24,13 @@ from lmcache_s3.write_behind import Run, WriteBehind
 
 @dataclass
 class _Part:
-    """Chunks that one store laid to rest. left: how many of them are not judged yet."""
+    """Chunks that one store laid to rest. left: how many of them are not judged yet. void: some came too late. judged:
+    the store was told."""
 
     left: int
     verdict: Future[Verdict]
+    void: bool = False
+    judged: bool = False
 
 
 class Behind:
@@ -129,7 +132,7 @@ class Behind:
             for run in runs:
                 try:
                     self._upload(run)
-                except LMCacheS3Error as e:
+                except Exception as e:  # noqa: BLE001 - whatever it is, what rests next must go up
                     self._judged(run.hashes, e)
 
     def _upload(self, run: Run) -> None:
@@ -144,24 +147,24 @@ class Behind:
         verdict.add_done_callback(lambda done: self._judged(run.hashes, done.exception() or done.result()))
 
     def _judged(self, hashes: Sequence[bytes], outcome: Verdict | BaseException) -> None:
-        """These chunks are committed, or given up."""
-        self._resting.uploaded(hashes)
-        self._tidy()
-        with self._changed:
-            parts = [part for one in hashes for part in self._waiting.pop(one, ())]
-            done = []
-            for part in parts:
+        """These chunks are committed, or given up. A store that failed in part has failed, one of which a part came too
+        late came too late."""
+        done = []
+        with self._changed:  # at once, or a store in between would lay to rest what nobody would ever upload
+            self._resting.uploaded(hashes)
+            for part in [part for one in hashes for part in self._waiting.pop(one, ())]:
                 part.left -= 1
-                if not part.left or isinstance(outcome, BaseException):
+                part.void = part.void or outcome is Verdict.VOID
+                if not part.judged and (not part.left or isinstance(outcome, BaseException)):
+                    part.judged = True
                     done.append(part)
             self._changed.notify_all()
+        self._tidy()
         for part in done:
-            if part.verdict.done():
-                continue
             if isinstance(outcome, BaseException):
                 part.verdict.set_exception(outcome)
             else:
-                part.verdict.set_result(outcome)
+                part.verdict.set_result(Verdict.VOID if part.void else outcome)
 
     def close(self, timeout_s: float) -> None:
         """Upload what rests; what is not committed in time fails with `Unavailable(closed)`."""
