@@ -233,14 +233,16 @@ class Cache:
 
         if self._behind is None:
             return self.transfer.load(match.chunks, sink, deadline_s=deadline_s).then(done)
+        release = self._behind.hold(match.chunks)  # before it is looked where they are now
         match = Match(match.tokens, self._behind.current(match.chunks))
-        release = self._behind.hold(match.chunks)
         loading = self.transfer.load(match.chunks, sink, deadline_s=deadline_s)
         loading.add_done_callback(lambda _: release())
         return loading.then(done)
 
     def prefetch(self, match: Match, tier: str = "host", *, deadline_s: float | None = None) -> Handle[LoadReport]:
         """Bring a match into a tier; done when it is there."""
+        if self._behind is not None:
+            match = Match(match.tokens, self._behind.current(match.chunks))
 
         def done(report: LoadReport) -> LoadReport:
             self._note(match, report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from lmcache_s3.testing.small import (
 )
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tiers.stores.open import open_store
+from lmcache_s3.types import ChunkRef
 
 N = 16
 SPACE = small_space()
@@ -75,6 +76,32 @@ def test_turns_rest_are_loaded_and_go_up_as_one_extent(head_groups: int) -> None
         assert got.report.requests == head_groups, "one extent, read as one"
     with opened(open_store(url)) as other:
         assert same_bits(other.retrieve(other.lookup(tokens)).result(5).array, kv)
+
+
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_what_goes_up_while_a_load_of_it_begins_is_loaded(prefetch: bool) -> None:
+    tokens, kv = random_tokens(4 * N), random_kv(SPACE, 4 * N)
+    with opened(open_store(fresh_memory_url()), host_bytes="1MiB") as cache:
+        handle = cache.store(tokens, kv)
+        until(lambda: cache.lookup(tokens).tokens == 4 * N)
+        match, behind = cache.lookup(tokens), cache._behind
+        assert behind is not None
+        current = behind.current
+
+        def slow(chunks: Sequence[ChunkRef]) -> tuple[ChunkRef, ...]:
+            found = current(chunks)
+            cache.flush()
+            handle.result(5)
+            return found
+
+        if prefetch:
+            cache.flush()
+            handle.result(5)
+            assert cache.prefetch(match).result(5).loaded_chunks == 4
+        else:
+            behind.current = slow  # type: ignore[method-assign]
+            assert same_bits(cache.retrieve(match).result(5).array, kv)
+        assert cache.metrics.count("damage_reports") == 0
 
 
 def test_a_flush_waits_for_no_store_to_come_to_rest() -> None:
