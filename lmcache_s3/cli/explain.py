@@ -150,8 +150,8 @@ def _read_tokens(path: Path) -> list[int]:
         ids = json.loads(text) if text.startswith("[") else [int(word) for word in text.replace(",", " ").split()]
     except (ValueError, RecursionError) as e:
         raise Invalid(f"{path}: no list of token ids ({e})", kind="argument") from e
-    if not all(type(i) is int for i in ids):
-        raise Invalid(f"{path}: no list of token ids (something in it is no whole number)", kind="argument")
+    if not all(type(i) is int and 0 <= i < 1 << 32 for i in ids):
+        raise Invalid(f"{path}: no list of token ids (each a whole number from 0 to {(1 << 32) - 1})", kind="argument")
     return list(ids)
 
 

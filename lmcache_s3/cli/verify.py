@@ -97,5 +97,5 @@ def _report(
     if not removed and any(d.is_certain for d in found):
         lines.append("run it again with --repair to remove them from the index")
     if not found and not unreadable:
-        lines.append(f"[green]ok[/green] {extents} extents, every byte as the index says")
+        lines.append(f"[green]ok[/green] {extents} extent{'s' * (extents != 1)}, every byte as the index says")
     cli.emit(document, *lines)

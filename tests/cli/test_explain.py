@@ -205,7 +205,14 @@ def test_people_read_a_table(cli: Run, tmp_path: Path, filled: Space) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"), [("[1, 2.5]", "no whole number"), ("a b", "no list of token ids"), ("[", "no list")]
+    ("content", "expected"),
+    [
+        ("[1, 2.5]", "each a whole number"),
+        ("[-3]", "from 0 to 4294967295"),
+        ("[4294967296]", "no list"),
+        ("a b", "no list of token ids"),
+        ("[", "no list"),
+    ],
 )
 def test_tokens_that_are_none(cli: Run, tmp_path: Path, filled: Space, content: str, expected: str) -> None:
     file = tmp_path / "tokens"

@@ -43,6 +43,10 @@ class Unreachable(Trouble):
     """Nobody took the connection: refused, no route, no such host."""
 
 
+class ProxyRefused(Unreachable):
+    """Nobody took the connection at the proxy's address, or the proxy did not let it through."""
+
+
 class Untrusted(Trouble):
     """TLS could not be agreed on."""
 
@@ -86,7 +90,7 @@ class Connection:
         except TimeoutError as e:
             raise Silence("no connection in time") from e
         except OSError as e:
-            raise Unreachable(str(e)) from e
+            raise (Unreachable if route.proxy is None else ProxyRefused)(str(e)) from e
         try:
             self._prepare(route)
         except BaseException:
@@ -226,7 +230,7 @@ class Connection:
             self.send("\r\n".join([*lines, "", ""]).encode("latin-1"))
             head = self.head()
         except (Cut, Garbled) as e:
-            raise Unreachable(f"the proxy did not let through ({e})") from e
+            raise ProxyRefused(f"the proxy did not let through ({e})") from e
         self.used = False
         if head.status != 200 or self._ahead:
-            raise Unreachable(f"the proxy answered {head.status}")
+            raise ProxyRefused(f"the proxy answered {head.status}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import botocore.exceptions as bc
 
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Missing, Unavailable, Unusable
-from lmcache_s3.tiers.stores.http_connection import Silence, Trouble, Unreachable, Untrusted
+from lmcache_s3.tiers.stores.http_connection import ProxyRefused, Silence, Trouble, Unreachable, Untrusted
 from lmcache_s3.tiers.stores.http_head import Garbled
 
 
@@ -98,7 +98,15 @@ def mapped(error: Exception, *, where: str, bucket: str, endpoint: str, key: str
             kind="network",
             key=key,
         )
-    if isinstance(error, Unreachable | bc.EndpointConnectionError | bc.ProxyConnectionError):
+    if isinstance(error, ProxyRefused | bc.ProxyConnectionError):
+        # The proxy's address is not shown: it may hold a password.
+        return Unavailable(
+            f"{where}: cannot connect to {endpoint} by way of the proxy; is it up, and HTTP_PROXY or HTTPS_PROXY "
+            "right? (NO_PROXY names what is reached without it)",
+            kind="network",
+            key=key,
+        )
+    if isinstance(error, Unreachable | bc.EndpointConnectionError):
         return Unavailable(
             f"{where}: cannot connect to {endpoint}; is the server up, and endpoint_url right?", kind="network", key=key
         )

@@ -144,6 +144,16 @@ class TestProxies:
                     store.get("k")
                 assert store.create("k", b"") is Outcome.UNKNOWN
 
+    def test_a_proxy_that_is_not_there_is_named_and_its_password_is_not(
+        self, place: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("http_proxy", "http://u:secret@127.0.0.1:1")
+        with closing(S3Store(*place)) as store:
+            for call in (lambda: store.get("k"), lambda: list(store.list("k"))):
+                with pytest.raises(Unavailable, match="by way of the proxy") as e:
+                    call()
+                assert "secret" not in str(e.value)
+
     @pytest.mark.parametrize(
         "proxy", ["https://u:secret@host:1", "socks5://host:1", "http://u:secret@host:port", "http://"]
     )
