@@ -186,9 +186,9 @@ class Settings(BaseSettings):
     )
     prefetch: Literal["off", "queued", "next_turn"] = fields.field(
         "queued",
-        "What is brought from the bucket into the nearest of host and disk tier before the engine asks: `queued`, KV "
-        "of requests that wait in its queue (a GET that would come anyway, unless the request is given up); "
-        "`next_turn`, also that of prompts just answered, which costs GETs for chats that never come back.",
+        "What is brought from the bucket into the nearest of host and disk tier before the engine asks: `off`, "
+        "nothing; `queued`, KV of requests that wait in its queue (a GET that would come anyway, unless the request is "
+        "given up); `next_turn`, also that of prompts just answered, which costs GETs for chats that never come back.",
         what="off, queued or next_turn",
         mend="write for example queued",
     )
