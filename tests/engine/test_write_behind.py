@@ -14,8 +14,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from lmcache_s3.integrations.vllm.metadata import StepOrders, StoredPart
 from lmcache_s3.tiers.stores.open import open_store
-from tests.engine.test_roles import BLOCK, CHUNK, Blocks, Engine, prompt
+from tests.engine.test_roles import BLOCK, CHUNK, HEADS, Blocks, Engine, prompt
 
 pytestmark = pytest.mark.engine
 
@@ -134,6 +135,43 @@ def test_what_a_load_reads_rests_until_it_has_ended(url: str) -> None:
     a.check(tokens, blocks, 4 * CHUNK)
     a.scheduler.finished(request)
     until(a, lambda: resting_bytes(a) == 0)
+    a.close()
+
+
+def test_ranks_that_hold_the_same_heads_load_nothing_that_rests_with_one_of_them(url: str) -> None:
+    tokens = prompt(3 * CHUNK)
+    a = Engine(url, 2 * HEADS, write_behind_s=600)
+    a.ask(tokens, "a")
+    until(a, lambda: count(a, "resting") == 3)
+    assert a.ask(tokens, "again") == 0
+    assert not a.failed
+    a.settle()
+    until(a, lambda: count(a, "resting") == 0)
+    assert a.scheduler.counters.total("stored_extents") == 1
+    assert a.ask(tokens, "then") == 3 * CHUNK
+    assert not a.failed
+    a.close()
+
+
+def test_what_is_given_up_within_a_step_comes_to_rest_again_after_it(url: str) -> None:
+    a = Engine(url, write_behind_s=600)
+    a.ask(prompt(3 * CHUNK), "a")
+    until(a, lambda: count(a, "resting") == 3)
+    extents, cache = a.scheduler._extents, a.scheduler._cache
+    assert extents is not None
+    assert cache is not None
+    hashes = list(extents._resting._chunks)
+    extents._flush = True
+    extents.step(StepOrders(), cache)
+    extents._settle(b"".join(hashes))  # its commit failed: on another thread, so at any time within a step
+    if not extents.is_pending(hashes[0]):  # then a request in this very step gathers them again
+        extents.close(orders := StepOrders(), cache, "s", bytes(16), 0, hashes)
+        name = str(orders.uploads[0].name)
+        extents.stored(cache, StoredPart(name, 0, b"\1\0\0\0" * 3, bytes(24), 3))
+    extents._flush = True
+    extents.step(StepOrders(), cache)
+    assert not extents.is_pending(hashes[0])
+    assert count(a, "resting") == 0
     a.close()
 
 

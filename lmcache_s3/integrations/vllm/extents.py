@@ -3,8 +3,8 @@
     gathered ─▶ uploading ─────────────────────────────────▶ publishing ─▶ committed
           └───▶ going to rest ─▶ resting ─ due ─▶ uploading ──▲             (write-behind only)
 
-Part of the scheduler role. A chunk is *pending* from its gathering until its extent is committed or given up: nobody
-gathers it again. Commits are acknowledged on background threads; all else happens on the scheduler's.
+Part of the scheduler role. A chunk is *pending* from its gathering until the step after its extent is committed or
+given up: nobody gathers it again. Commits are acknowledged on background threads; all else happens on the scheduler's.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ class Extents:
         """Hashes of extents that were committed or given up since the last step."""
         self._abandoned: dict[ExtentName, float] = {}
         """What was given up on its way to rest → until when."""
+        self._all_hold = facts.writers == facts.tensor_parallel
+        """Whether every rank holds what it would load of what rests: one of several with the same heads lays them to
+        rest, and the others cannot read its memory."""
         self._behind: WriteBehind | None = None
         if write_behind_s > 0:
             max_bytes = int(write_behind_bytes * PRESSURE) * grid.shards  # each rank has its own memory
@@ -93,6 +96,8 @@ class Extents:
 
     def match(self, cache: OpenCache, hashes: Sequence[bytes]) -> Sequence[ChunkRef]:
         """The longest prefix of what is stored and what rests here."""
+        if not self._all_hold:
+            return cache.index.match(hashes)
         return self._resting.match(hashes, cache.index.match, cache.index.find)
 
     def reading(self, chunks: Sequence[ChunkRef]) -> AbstractContextManager[None]:
@@ -146,7 +151,10 @@ class Extents:
                     self._settle(b"".join(run.hashes))
         self._flush = False
         while not self._settled.empty():
-            self._resting.uploaded(_each(self._settled.get_nowait()))
+            # Not before, and both at once: else a chunk could come to rest again under a name that goes now.
+            settled = _each(self._settled.get_nowait())
+            self._pending.difference_update(settled)
+            self._resting.uploaded(settled)
         orders.forget += self._resting.take_idle()
         # A rank may lay its cells to rest until the deadline, though another has failed to.
         orders.forget += [name for name, deadline_s in self._abandoned.items() if now > deadline_s]
@@ -232,7 +240,6 @@ class Extents:
             logger.warning("extent %s is not stored: %s", name, why)
 
     def _settle(self, hashes: bytes) -> None:
-        self._pending.difference_update(_each(hashes))
         self._settled.put(hashes)
 
     def expire(self) -> None:
