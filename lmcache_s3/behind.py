@@ -86,11 +86,11 @@ class Behind:
 
     def current(self, chunks: Sequence[ChunkRef]) -> tuple[ChunkRef, ...]:
         """Where these chunks, matched some time ago, are now: what rested then may have been uploaded since."""
+        rested = [self._resting.find(ref.prefix_hash) for ref in chunks]  # first: from here chunks go to the index
         stored = self._index.match([ref.prefix_hash for ref in chunks])  # at once: they share their extents' records
         now = []
-        for i, ref in enumerate(chunks):
-            there = stored[i] if i < len(stored) else self._index.find(ref.prefix_hash)
-            now.append(self._resting.find(ref.prefix_hash) or there or ref)
+        for i, (ref, there) in enumerate(zip(chunks, rested, strict=True)):
+            now.append(there or (stored[i] if i < len(stored) else self._index.find(ref.prefix_hash)) or ref)
         return tuple(now)
 
     def hold(self, chunks: Sequence[ChunkRef]) -> Callable[[], None]:
