@@ -168,6 +168,7 @@ def test_what_is_given_up_within_a_step_comes_to_rest_again_after_it(url: str) -
         extents.close(orders := StepOrders(), cache, "s", bytes(16), 0, hashes)
         name = str(orders.uploads[0].name)
         extents.stored(cache, StoredPart(name, 0, b"\1\0\0\0" * 3, bytes(24), 3))
+    extents.step(StepOrders(), cache)
     extents._flush = True
     extents.step(StepOrders(), cache)
     assert not extents.is_pending(hashes[0])
