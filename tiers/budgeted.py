@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar, cast
 
-from lmcache_s3.errors import Invalid, LMCacheS3Error, Missing, Unavailable, Unusable
+from lmcache_s3.errors import Invalid, Missing, Unavailable, Unusable
 from lmcache_s3.tiers.base import TierStats
 from lmcache_s3.tiers.eviction.base import EvictionPolicy, Item
 from lmcache_s3.tiers.eviction.lru import LRUPolicy
@@ -122,6 +122,9 @@ class BudgetedTier(ABC, Generic[H]):
         """Whether it could be held if there were room."""
         return True
 
+    def _unwritten(self, held: H) -> None:
+        """What was allotted is not written after all, and dropped next."""
+
     def _lend(self, held: H) -> None:
         """A cell is about to be read."""
 
@@ -209,7 +212,7 @@ class BudgetedTier(ABC, Generic[H]):
             return present
         try:
             self._write([(cell, entry.held, data) for cell, entry, data in new])
-        except LMCacheS3Error:
+        except BaseException:
             with self._lock:
                 self._take_back(new)
             raise
@@ -250,7 +253,7 @@ class BudgetedTier(ABC, Generic[H]):
                         continue
                     own_bytes += entry.n_bytes
                     new.append((cell, entry, data))
-            except LMCacheS3Error:
+            except BaseException:
                 self._take_back(new)
                 raise
         return new, len(here)
@@ -283,8 +286,9 @@ class BudgetedTier(ABC, Generic[H]):
 
     def _take_back(self, new: Sequence[tuple[CellRef, Entry[H], Buffer]]) -> None:
         """As if they had never been put. Ends first: the policy sees leaves go."""
-        for cell, _, _ in reversed(new):
+        for cell, entry, _ in reversed(new):
             self._writing.discard(place_of(cell))
+            self._unwritten(entry.held)
             with contextlib.suppress(Unavailable):
                 self._remove(place_of(cell))
 

@@ -50,7 +50,11 @@ class HostTier(BudgetedTier[Slot]):
     def _write(self, cells: Sequence[tuple[CellRef, Slot, Buffer]]) -> None:
         for cell, slot, data in cells:
             np.copyto(slot.memory(cell.length), np.frombuffer(data, np.uint8))
+        for _, slot, _ in cells:
             self._returned.put(slot)
+
+    def _unwritten(self, held: Slot) -> None:
+        held.pins -= 1
 
     def _lend(self, held: Slot) -> None:
         held.pins += 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import secrets
 from pathlib import Path
 
 import pytest
 
-from lmcache_s3.errors import Invalid
+from lmcache_s3.errors import Invalid, Unavailable
 from lmcache_s3.extent import shard_index
 from lmcache_s3.testing.cells import make_cells, refs
 from lmcache_s3.testing.tier import TierTests
@@ -22,6 +23,8 @@ from lmcache_s3.tiers.object import ObjectTier
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.tiers.stores.open import open_store
 from lmcache_s3.types import CellRef, shard_key
+
+MIB = 1 << 20
 
 
 class TestHostTier(TierTests):
@@ -151,6 +154,42 @@ def test_only_whole_shards_are_put() -> None:
         with pytest.raises(Invalid):
             tier.put(part)
     assert tier.put([]) == 0
+
+
+# --- host
+
+
+def test_where_the_system_has_less_memory_than_the_budget_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = HostTier(MIB)
+    cells = make_cells(random.Random(1), [4_000, 20_000])
+    taken = tier._slabs._map
+
+    def second_fails(size_bytes: int, size: object) -> object:
+        if tier._slabs.mapped_bytes:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return taken(size_bytes, size)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tier._slabs, "_map", second_fails)
+    for _ in range(3):
+        with pytest.raises(Unavailable, match="no memory left"):
+            tier.put(cells)
+        assert (tier.stats().cells, tier.stats().used_bytes) == (0, 0)
+    assert tier.put(cells[:1]) == 1
+
+
+def test_a_write_that_fails_unforeseen_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = HostTier(MIB)
+    cells = make_cells(random.Random(1), [4_000, 20_000])
+
+    def fails(cells: object) -> None:
+        raise RuntimeError("CUDA error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(tier, "_write", fails)
+        with pytest.raises(RuntimeError):
+            tier.put(cells)
+    assert (tier.stats().cells, tier.stats().used_bytes) == (0, 0)
+    assert tier.put(cells) == 2
 
 
 # --- device, budgets
