@@ -161,7 +161,11 @@ class _Read:
         if wanted.given_up() or not reader.budget.wait(size, wanted.given_up):
             wanted.done(None if wanted.given_up() else self._too_large(size))
             return
-        self._buffers.append(reader.buffer(wanted.n_bytes))
+        try:
+            self._buffers.append(reader.buffer(wanted.n_bytes))
+        except BaseException:
+            reader.budget.give_back(wanted.extra_bytes)
+            raise
         for part in self._parts:
             part.asking = 1
         for part in reversed(self._parts[1:]):
@@ -212,7 +216,10 @@ class _Read:
                 return
             if not reader.budget.try_take(rounded(wanted.n_bytes)):
                 return
-            self._buffers.append(reader.buffer(wanted.n_bytes))
+            try:
+                self._buffers.append(reader.buffer(wanted.n_bytes))
+            except MemoryError:
+                return
             part.asking += 1
         reader.metrics.add("hedged_requests")
         self._submit(part, 1, at_once=True)

@@ -9,6 +9,7 @@ alone is more. Thread-safe. Raises nothing of its own.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import threading
@@ -41,7 +42,8 @@ class BufferPool:
     def take(self, n_bytes: int, when_back: Callable[[], None] | None = None) -> memoryview:
         """A writeable buffer of `n_bytes` with undefined contents; it returns when no view of it is left.
 
-        when_back: called then, in whatever thread that happens; must be quick, and bear being called anywhere.
+        when_back: called then, in whatever thread that happens; must be quick, and bear being called anywhere. Also
+        where the system has no memory (`MemoryError`): there is nothing to come back.
         """
         size = rounded(n_bytes)
         with self._lock:
@@ -56,7 +58,14 @@ class BufferPool:
                     self.free_bytes -= self._free.pop(0).nbytes
             self.peak_bytes = max(self.peak_bytes, self.lent_bytes + self.free_bytes)
         if whole is None:
-            whole = _allocated(size)
+            try:
+                whole = _allocated(size)
+            except BaseException:
+                with self._lock:
+                    self.lent_bytes -= size
+                if when_back is not None:
+                    when_back()
+                raise
         lease = whole[:n_bytes]  # every view leads to this very object, which therefore dies last
         weakref.finalize(lease, self._give_back, whole, when_back).atexit = False
         return lease.data
@@ -96,6 +105,7 @@ def _allocated(n_bytes: int) -> np.ndarray:
     # Whoever uses CUDA has imported torch and begun; we do neither.
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        pinned: np.ndarray = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True).numpy()
-        return pinned
+        with contextlib.suppress(RuntimeError):  # no more can be locked: slower, not wrong
+            pinned: np.ndarray = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+            return pinned
     return np.empty(n_bytes, np.uint8)

@@ -11,6 +11,7 @@ from lmcache_s3.errors import Invalid, Unavailable
 from lmcache_s3.testing.faults import Fault, FaultyStore
 from lmcache_s3.testing.small import random_kv, same_bits, small_space
 from lmcache_s3.testing.whole_arrays import SPACE, MakeTransfer, N, load, upload
+from lmcache_s3.tiers import buffers
 from lmcache_s3.tiers.host import HostTier
 from lmcache_s3.tiers.stores.counting import CountingStore
 
@@ -53,6 +54,30 @@ def test_a_load_waits_for_memory_within_its_deadline(make: MakeTransfer) -> None
     assert [error.kind for _, _, error in report.failed] == ["timeout", "timeout"]
     threading.Timer(0.1, transfer.budget.give_back, [free]).start()
     assert load(transfer, chunks, deadline_s=5)[1].loaded_chunks == 2
+
+
+@pytest.mark.parametrize("codec", ["fast", "lossless"])
+def test_a_system_without_memory_costs_no_budget(
+    make: MakeTransfer, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    kv = random_kv(SPACE, 4 * N)
+    transfer = make(codec=codec)
+    chunks = upload(transfer, kv)
+    assert transfer.drain(5)
+    transfer.buffers._free.clear()
+
+    def fails(n_bytes: int) -> np.ndarray:
+        raise MemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(buffers, "_allocated", fails)
+        with pytest.raises(MemoryError):
+            load(transfer, chunks)
+        with pytest.raises(MemoryError):
+            upload(transfer, kv)
+        assert transfer.drain(5)
+    assert transfer.budget.held_bytes == 0
+    assert same_bits(load(transfer, chunks)[0], kv)
 
 
 def test_a_budget_below_one_chunk_is_refused(make: MakeTransfer) -> None:
