@@ -29,7 +29,7 @@ class FastCodec(KVCodec):
 
     id: ClassVar[str] = "fast"
     exact: ClassVar[bool] = True
-    encode_memory: ClassVar[float] = 1.0
+    encode_memory: ClassVar[float] = 2.0
     decode_memory: ClassVar[float] = 0.0
 
     @property

@@ -51,7 +51,7 @@ class LosslessCodec(KVCodec):
 
     id: ClassVar[str] = "lossless"
     exact: ClassVar[bool] = True
-    encode_memory: ClassVar[float] = 1.5
+    encode_memory: ClassVar[float] = 2.5
     decode_memory: ClassVar[float] = 0.5
 
     @property
