@@ -84,6 +84,12 @@ class Behind:
         """The longest prefix of what is stored and what rests. No I/O."""
         return self._resting.match(hashes, self._index.match, self._index.find)
 
+    def verdicts(self, hashes: Sequence[bytes]) -> list[Future[Verdict]]:
+        """What those of these chunks that rest wait for; none for what does not."""
+        with self._changed:
+            waiting = [self._waiting[one][-1] for one in hashes if one in self._waiting]
+        return list({id(part): part.verdict for part in waiting}.values())
+
     def current(self, chunks: Sequence[ChunkRef]) -> tuple[ChunkRef, ...]:
         """Where these chunks, matched some time ago, are now: what rested then may have been uploaded since."""
         rested = [self._resting.find(ref.prefix_hash) for ref in chunks]  # first: from here chunks go to the index

@@ -278,8 +278,10 @@ class Cache:
         if self._admission is not None:
             with self._admission_lock:
                 del hashes[known + self._admission.admit(hashes[known:]) :]
-        new_tokens = (len(hashes) - known) * self.space.chunk_tokens
-        if not new_tokens or new_tokens < self.settings.store_min_tokens:
+        if (len(hashes) - known) * self.space.chunk_tokens < self.settings.store_min_tokens:
+            del hashes[known:]
+        rests = self._behind is not None and self._behind.verdicts(hashes)
+        if len(hashes) == known and not rests:
             return Handle.completed(StoreReport(0, known, (), (), 0))
         root = root_hash(self.space.id, salt)[:HASH_BYTES]
         seconds = self.settings.store_deadline_s if deadline_s is None else deadline_s

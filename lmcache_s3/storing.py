@@ -112,6 +112,10 @@ class _Stored:
     def add(self, name: ExtentName, verdict: Future[Verdict], raw_bytes: int, n_bytes: int) -> None:
         self._n_bytes += n_bytes
         self._added.append((name, verdict))
+        self.wait_for(verdict, raw_bytes)
+
+    def wait_for(self, verdict: Future[Verdict], raw_bytes: int = 0) -> None:
+        """Without this the work is not done."""
         with self._lock:
             self._left += 1
 
@@ -164,7 +168,8 @@ class Storer:
     def store(
         self, root: bytes, hashes: Sequence[bytes], known: int, kv: np.ndarray, *, deadline_s: float
     ) -> Handle[StoreReport]:
-        """Store chunks known … of a prompt. kv: all of the prompt's, storage dtype. Never blocks."""
+        """Store chunks known … of a prompt; done when these and those before them are acknowledged. kv: all of the
+        prompt's, storage dtype. Never blocks."""
         work: Work[StoreReport] = Work(
             kv.nbytes // kv.shape[2] * self._transfer.geometry.chunk_tokens * (len(hashes) - known)
         )
@@ -191,6 +196,9 @@ class Storer:
 
     def _run(self, work: Work[StoreReport], root: bytes, hashes: Sequence[bytes], known: int, kv: np.ndarray) -> None:
         store = _Stored(work, known)
+        if self._behind is not None:  # what is known may rest still
+            for verdict in self._behind.verdicts(hashes[:known]):
+                store.wait_for(verdict)
         for part in self._parts(root, hashes, known):
             behind = self._behind if part.n_chunks < self._chunks_per_extent else None
             name, shards = self._upload(work, part, kv, to_rest=behind is not None)

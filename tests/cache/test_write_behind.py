@@ -150,6 +150,21 @@ def test_two_that_store_the_same_at_once_rest_it_once() -> None:
         assert same_bits(cache.retrieve(cache.lookup(tokens)).result(5).array, kv)
 
 
+def test_what_is_known_because_it_rests_is_not_acknowledged_yet() -> None:
+    store = open_store(fresh_memory_url())
+    tokens, kv = random_tokens(4 * N), random_kv(SPACE, 4 * N)
+    with opened(store) as cache:
+        first = cache.store(tokens[: 3 * N], kv[:, :, : 3 * N])
+        until(lambda: cache.lookup(tokens).tokens == 3 * N)
+        again, longer = cache.store(tokens[: 2 * N], kv[:, :, : 2 * N]), cache.store(tokens, kv)
+        until(lambda: cache.lookup(tokens).tokens == 4 * N)
+        assert not again.done()
+        cache.flush()
+        assert (again.result(5).known_chunks, again.result().stored_chunks) == (2, 0)
+        assert first.done(), "what it knew of is durable"
+        assert (longer.result(5).known_chunks, longer.result().stored_chunks) == (3, 1)
+
+
 def test_close_uploads_what_rests() -> None:
     store = open_store(fresh_memory_url())
     tokens, kv = random_tokens(2 * N), random_kv(SPACE, 2 * N)
