@@ -235,7 +235,8 @@ class Extents:
         if upload is not None:
             self._settle(upload.hashes)
             if upload.to_rest:
-                self._abandoned[upload.name] = upload.deadline_s + 1.0
+                # A rank's own time begins only after the forward.
+                self._abandoned[upload.name] = upload.deadline_s + self._deadline_s
             self._counters.add(failed_extents=1)
             logger.warning("extent %s is not stored: %s", name, why)
 
