@@ -4,8 +4,8 @@ Chats grow turn by turn: a thread looks one up, loads what is known, compares ev
 stored, and stores the next turn. Meanwhile others sample what the tiers hold, what the disk tier really takes, and this
 process's memory, and collect garbage in the bucket. KV is made from (chat, chunk), so nothing is kept to compare with.
 
-Figures: soak.wrong_bytes and soak.over_budget_bytes must be 0; soak.rss_slope_mib_per_hour is fitted to the last two
-thirds. Raises what opening a cache raises.
+Figures: soak.wrong_bytes and soak.over_budget_bytes must be 0; soak.rss_slope is fitted to the last third, when chats,
+and so what the threads here hold of them, are as long as they get. Raises what opening a cache raises.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def rss_mib() -> float:
 
 
 def slope_per_hour(rss: list[tuple[float, float]]) -> float:
-    """Least squares over the last two thirds, MiB an hour; 0 for fewer than three samples there."""
-    late = rss[len(rss) // 3 :]
+    """Least squares over the last third, MiB an hour; 0 for fewer than three samples there."""
+    late = rss[len(rss) * 2 // 3 :]
     if len(late) < 3:
         return 0.0
     seconds, mib = np.array(late).T
