@@ -258,6 +258,17 @@ class DiskTier(BudgetedTier[Held]):
         kind = "full" if e.errno in _FULL else "io"
         return Unavailable(f"disk_path={self._root}: {e.strerror}", kind=kind, key="disk_path")
 
+    def blocks_bytes(self) -> int:
+        """What all its files take on the disk, as the file system counts, at one moment: nothing is freed or allotted
+        while they are looked at, so it is at most the budget."""
+        total = 0
+        with self._lock, self._journal_lock:
+            for folder, _, files in os.walk(self._root):
+                for name in files:
+                    with contextlib.suppress(FileNotFoundError):
+                        total += os.stat(os.path.join(folder, name)).st_blocks * 512
+        return total
+
     def close(self) -> None:
         """Files stay; the directory may be used by another process."""
         with self._lock:

@@ -32,6 +32,7 @@ from lmcache_s3.errors import Unavailable
 from lmcache_s3.identity import KVGroup, Space
 from lmcache_s3.index.gc import Collector, GcSettings
 from lmcache_s3.testing.servers import SeaweedFS
+from lmcache_s3.tiers.disk import DiskTier
 from lmcache_s3.tiers.stores.open import open_store
 
 HOST_BYTES, DISK_BYTES = 512 << 20, 2 << 30
@@ -60,7 +61,8 @@ class Tally:
     stored_bytes: int = 0
     loads: int = 0
     short_loads: int = 0
-    over_budget_bytes: int = 0
+    over_budget_bytes: Counter[str] = field(default_factory=Counter)
+    """Of each budget, the most by which it was exceeded."""
     tier_bytes: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     rss: list[tuple[float, float]] = field(default_factory=list)
@@ -86,8 +88,8 @@ def chat_tokens(space: Space, chat: int, n_chunks: int) -> np.ndarray:
 class Soak:
     """The threads of one soak; `cache` is what is tested."""
 
-    def __init__(self, cache: Cache, disk_path: Path, tally: Tally) -> None:
-        self._cache, self._disk_path, self._tally = cache, disk_path, tally
+    def __init__(self, cache: Cache, tally: Tally) -> None:
+        self._cache, self._tally = cache, tally
         self._stop = threading.Event()
         self._turns = Counter[int]()
         self._begin = self._next_store_s = time.monotonic()
@@ -163,15 +165,17 @@ class Soak:
 
     def _watch(self) -> None:
         while not self._stop.wait(1.0):
-            over = 0
-            for stats in self._cache.stats().tiers.values():
-                if stats.budget_bytes is not None:
-                    over = max(over, stats.used_bytes - stats.budget_bytes)
-            over = max(over, disk_bytes(self._disk_path) - DISK_BYTES)
+            held = {name: (one.used_bytes, one.budget_bytes) for name, one in self._cache.stats().tiers.items()}
             budget = self._cache.transfer.budget
-            over = max(over, budget.peak_bytes - budget.total_bytes)
+            held |= {"staging": (budget.peak_bytes, budget.total_bytes)}
+            for tier in self._cache.transfer.stack.tiers:
+                if isinstance(tier, DiskTier):
+                    held["disk_blocks"] = (tier.blocks_bytes(), tier.budget_bytes)
             with self._tally.lock:
-                self._tally.over_budget_bytes = max(self._tally.over_budget_bytes, over)
+                for name, (n_bytes, most_bytes) in held.items():
+                    if most_bytes is not None:
+                        over = self._tally.over_budget_bytes
+                        over[name] = max(over[name], n_bytes - most_bytes, 0)
                 self._tally.rss.append((time.monotonic() - self._begin, rss_mib()))
 
     def _collect(self) -> None:
@@ -185,18 +189,6 @@ class Soak:
                 self._note(e)
             finally:
                 store.close()
-
-
-def disk_bytes(path: Path) -> int:
-    """What a directory takes on its disk, as the file system counts."""
-    total = 0
-    for folder, _, files in os.walk(path):
-        for name in files:
-            try:
-                total += os.stat(os.path.join(folder, name)).st_blocks * 512
-            except FileNotFoundError:  # evicted meanwhile
-                continue
-    return total
 
 
 def rss_mib() -> float:
@@ -255,7 +247,7 @@ def main(json_path: Path | None = None, *, minutes: float = 30.0, url: str | Non
             **where,
         )
         with Cache.open(root, soak_space(), settings) as cache:
-            Soak(cache, disk, tally).run(minutes * 60)
+            Soak(cache, tally).run(minutes * 60)
     return report(figures(tally), json_path)
 
 
@@ -268,10 +260,12 @@ def figures(tally: Tally) -> list[Figure]:
         Figure("soak.short_loads", tally.short_loads, "loads", None, "lower"),
         Figure("soak.refused_stores", sum(tally.refused.values()), "stores", None, "lower"),
         Figure("soak.wrong_bytes", tally.wrong_bytes, "bytes", 0, "lower"),
-        Figure("soak.over_budget_bytes", max(0, tally.over_budget_bytes), "bytes", 0, "lower"),
+        Figure("soak.over_budget_bytes", max(tally.over_budget_bytes.values(), default=0), "bytes", 0, "lower"),
         Figure("soak.rss_last", tally.rss[-1][1] if tally.rss else 0.0, "MiB", None, "lower"),
         Figure("soak.rss_slope", slope_per_hour(tally.rss), "MiB/h", None, "lower"),
     ]
+    for name, n_bytes in sorted(tally.over_budget_bytes.items()):
+        shown.append(Figure(f"soak.over_budget_{name}", n_bytes, "bytes", None, "lower"))
     for name, n_bytes in sorted(tally.tier_bytes.items()):
         shown.append(Figure(f"soak.from_{name}", n_bytes / gib, "GiB", None, "higher"))
     return shown

@@ -30,7 +30,7 @@ def test_a_wrong_byte_is_counted(tmp_path: Path) -> None:
     url, space, tally = f"file://{tmp_path}/bucket", soak.soak_space(), soak.Tally()
     with Cache.open(url, space, small_settings(url)) as cache:
         cache.store(soak.chat_tokens(space, 1, 1), soak.chunk_kv(space, 2, 0)).result(20)
-        soak.Soak(cache, tmp_path, tally)._load(1, 1)
+        soak.Soak(cache, tally)._load(1, 1)
     assert tally.checked_bytes == space.geometry.chunk_bytes
     assert tally.wrong_bytes > space.geometry.chunk_bytes // 2
 
