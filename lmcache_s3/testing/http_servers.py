@@ -11,6 +11,7 @@ import select
 import socket
 import ssl
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -54,7 +55,9 @@ def refusal(status: int, code: str, **headers: str) -> Reply:
     return Reply(head + b"%x\r\n%b\r\n5;last=1\r\n     \r\n0\r\n\r\n" % (len(body), body))
 
 
-class _Listening:
+class _Listening(ABC):
+    """A listening socket; each connection is served by a thread of its own."""
+
     def __init__(self) -> None:
         self.connections = 0
         self._listener = socket.create_server((HOST, 0))
@@ -67,8 +70,9 @@ class _Listening:
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
 
+    @abstractmethod
     def serve(self, connection: socket.socket, number: int) -> None:
-        raise NotImplementedError
+        """Speak on one connection until it ends; `number` counts them from 0."""
 
     def __enter__(self) -> Self:
         self._start(self._accept)

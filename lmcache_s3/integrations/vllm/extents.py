@@ -183,37 +183,22 @@ class Extents:
     def failed(self, lost: FailedPart) -> None:
         self._give_up(lost.name, f"{lost.kind}: {lost.message}")
 
-    def _raw_bytes(self, upload: _Uploading) -> int:
-        return self._facts.group_chunk_bytes(self._chunk_tokens) * (len(upload.hashes) // HASH_BYTES)
+    def _parts(self, upload: _Uploading) -> tuple[ExtentName, Grid, bytes, int, bytes, int, list[StoredShard]]:
+        """What `make_record` and `Publisher.publish` take, of an extent whose ranks have all reported."""
+        raw_bytes = self._facts.group_chunk_bytes(self._chunk_tokens) * (len(upload.hashes) // HASH_BYTES)
+        shards = [upload.shards[i] for i in range(upload.grid.shards)]
+        return upload.name, upload.grid, upload.parent, upload.first_token, upload.hashes, raw_bytes, shards
 
     def _rest(self, upload: _Uploading) -> None:
         assert self._behind is not None
-        shards = [upload.shards[i] for i in range(upload.grid.shards)]
-        record = make_record(
-            upload.name,
-            upload.grid,
-            upload.parent,
-            upload.first_token,
-            upload.hashes,
-            self._raw_bytes(upload),
-            shards,
-        )
-        self._resting.add(record)
-        self._behind.add(upload.parent, _each(upload.hashes), sum(one.n_bytes for one in shards), self._clock())
+        self._resting.add(make_record(*self._parts(upload)))
+        n_bytes = sum(shard.n_bytes for shard in upload.shards.values())
+        self._behind.add(upload.parent, _each(upload.hashes), n_bytes, self._clock())
         self._counters.add(rested_chunks=upload.name.n_chunks)
 
     def _publish(self, cache: OpenCache, upload: _Uploading) -> None:
-        shards = [upload.shards[i] for i in range(upload.grid.shards)]
         name = str(upload.name)
-        self._publishing[name] = future = cache.publisher.publish(
-            upload.name,
-            upload.grid,
-            upload.parent,
-            upload.first_token,
-            upload.hashes,
-            self._raw_bytes(upload),
-            shards,
-        )
+        self._publishing[name] = future = cache.publisher.publish(*self._parts(upload))
         future.add_done_callback(lambda f: self._published(name, upload.hashes, f))
 
     def _published(self, name: str, hashes: bytes, future: Future[Verdict]) -> None:
