@@ -90,6 +90,10 @@ def quality(
     documents: Annotated[
         int | None, typer.Option(min=1, help="At most so many documents of each kind of text; default: 24 of prose.")
     ] = None,
+    context: Annotated[
+        int,
+        typer.Option(min=256, help="Tokens of the prompts; for more than 1,024 documents of a kind are joined."),
+    ] = 1024,
     needles: Annotated[bool, typer.Option(help="Search needles in 4,096 and 8,192 tokens.")] = True,
     save: Annotated[
         str | None, typer.Option(metavar="URL", help="Root of a cache that may rely on what was measured (max_kl).")
@@ -104,6 +108,7 @@ def quality(
         codecs=codec or ("cachegen", "transform"),
         levels=level or (),
         documents=documents,
+        context_tokens=context,
         needles=needles,
         save_url=save,
         figure_path=figure,

@@ -71,8 +71,16 @@ def context_of(n_tokens: int, *, chunk_tokens: int = CHUNK_TOKENS, wanted: int =
 class Trial:
     """One document in one model: what it says uncoded is computed once, then coders are held against it."""
 
-    def __init__(self, model: Model, tokens: Sequence[int], *, chunk_tokens: int = CHUNK_TOKENS) -> None:
-        context = context_of(len(tokens), chunk_tokens=chunk_tokens)
+    def __init__(
+        self,
+        model: Model,
+        tokens: Sequence[int],
+        *,
+        chunk_tokens: int = CHUNK_TOKENS,
+        context_tokens: int = CONTEXT_TOKENS,
+    ) -> None:
+        """context_tokens: of the prompt, at most."""
+        context = context_of(len(tokens), chunk_tokens=chunk_tokens, wanted=context_tokens)
         self._model, self._chunk_tokens = model, chunk_tokens
         self.prompt = list(tokens[:context])
         self._asked = list(tokens[context : context + PREDICTED_TOKENS])
