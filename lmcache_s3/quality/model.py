@@ -1,15 +1,15 @@
 """A Hugging Face model whose KV cache can be taken out as bits, and put back after something was done to it.
 
-The model computes in float32; its cache is taken as an engine stores it: K after the rotary embedding, V, rounded to
-the kv dtype, one array `[kv, layer, token, head, channel]` per group of layers that are alike (FORMAT.md §6.2). On a
-CPU or a GPU. Needs `pip install 'lmcache-s3[quality]'`. Not thread-safe.
+The model computes in float32; its cache is taken as an engine stores it: K after the rotary embedding, V, or the one
+latent of both (`latent.py`), rounded to the kv dtype, one array `[kv, layer, token, head, channel]` per group of layers
+that are alike (FORMAT.md §6.2). On a CPU or a GPU. Needs `pip install 'lmcache-s3[quality]'`. Not thread-safe.
 Raises `Invalid` for a package that is missing, a model that cannot be loaded, or one whose cache is not of this kind.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, get_args
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from lmcache_s3.errors import Invalid
 from lmcache_s3.identity import KVGroup
+from lmcache_s3.quality.latent import Latent, look
 from lmcache_s3.types import STORAGE_DTYPE, Geometry, KVDtype
 
 if TYPE_CHECKING:
@@ -25,20 +26,33 @@ if TYPE_CHECKING:
 KV: TypeAlias = list[np.ndarray]
 """One array [kv, layer, token, head, channel] of storage bits for each of `Model.groups`."""
 
+_PROBE = (5, 7)
+"""Tokens that show how a model keeps its cache; padding, whose embedding is zero, is neither in any that we know."""
 _PIECE_TOKENS = 1024
 """Tokens a forward pass takes at most: bounds the memory of attention masks."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGroup:
-    """Layers with one shape of KV and one kind of attention. layers: their numbers in the model."""
+    """Layers with one shape of KV and one kind of attention. layers: their numbers in the model. latent: None where
+    they keep K and V."""
 
     group: KVGroup
     layers: tuple[int, ...]
+    latent: Latent | None = None
 
     def geometry(self, kv_dtype: KVDtype, chunk_tokens: int) -> Geometry:
         g = self.group
         return Geometry(g.kv, g.layers, g.heads, g.head_dim, kv_dtype, chunk_tokens)
+
+    def planes_of(self, layer: Any) -> tuple[torch.Tensor, ...]:
+        """[head, token, channel] of each plane, of a layer of a transformers cache."""
+        keys, values = layer.keys[0], layer.values[0]
+        return (keys, values) if self.latent is None else (self.latent.joined(keys, values),)
+
+    def cached(self, planes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a transformers cache, of [plane, head, token, channel]; differentiable."""
+        return (planes[:1], planes[1:]) if self.latent is None else self.latent.parted(planes)
 
 
 class Model:
@@ -97,32 +111,35 @@ class Model:
         return self._model
 
     def _find_groups(self) -> tuple[LayerGroup, ...]:
-        """From the cache of a two-token prompt: what is there cannot be wrong."""
-        layers = self._forward([0, 1], None)[1].layers
+        """From the cache of a short prompt: what is there cannot be wrong."""
+        try:
+            looked = look(self._model, self._config, lambda: self._forward(_PROBE, None)[1].layers)
+        except Invalid:
+            raise
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            raise self._unknown(f"its cache is of another kind ({' '.join(str(error).split())[:120]})") from error
+        layers, latents = zip(*looked, strict=True)
         kinds = getattr(self._config, "layer_types", None) or ["full_attention"] * len(layers)
         window = getattr(self._config, "sliding_window", None)
-        found: dict[tuple[str, int, int, int | None], list[int]] = {}
-        for number, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+        found: dict[tuple[KVGroup, Latent | None], list[int]] = {}
+        for number, (layer, kind, latent) in enumerate(zip(layers, kinds, latents, strict=True)):
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if keys is None or values is None or keys.shape != values.shape or keys.shape[2] != 2:
-                raise Invalid(
-                    f"model {self.name}: layer {number} keeps no K and V of one shape for each token: it cannot be "
-                    "measured yet",
-                    kind="argument",
-                    key="model",
-                )
-            sliding = "sliding" in kind and window is not None
-            key = (
-                "sliding" if sliding else "full",
-                int(keys.shape[1]),
-                int(keys.shape[3]),
-                window if sliding else None,
-            )
-            found.setdefault(key, []).append(number)
+            if latent is not None:
+                of_one = KVGroup("mla", 1, 1, 1, latent.width + len(latent.order))
+            elif keys is None or values is None or keys.shape != values.shape or keys.shape[2] != len(_PROBE):
+                why = f"layer {number} keeps for each token neither K and V of one shape nor a latent of both"
+                raise self._unknown(why + " (which transformers does from 5.16 on)")
+            else:
+                limit = window if "sliding" in kind else None
+                of_one = KVGroup("full" if limit is None else "sliding", 1, 2, keys.shape[1], keys.shape[3], limit)
+            found.setdefault((of_one, latent), []).append(number)
         return tuple(
-            LayerGroup(KVGroup(kind, len(numbers), 2, heads, head_dim, limit), tuple(numbers))
-            for (kind, heads, head_dim, limit), numbers in found.items()
+            LayerGroup(replace(of_one, layers=len(numbers)), tuple(numbers), latent)
+            for (of_one, latent), numbers in found.items()
         )
+
+    def _unknown(self, why: str) -> Invalid:
+        return Invalid(f"model {self.name}: {why}: it cannot be measured yet", kind="argument", key="model")
 
     # --- text
 
@@ -148,9 +165,9 @@ class Model:
         import torch
 
         planes = []
-        for plane in ("keys", "values"):
-            layers = [getattr(cache.layers[number], plane)[0].permute(1, 0, 2) for number in group.layers]
-            rounded = torch.stack(layers).to(getattr(torch, self.kv_dtype)).contiguous().cpu()
+        for layers in zip(*(group.planes_of(cache.layers[number]) for number in group.layers), strict=True):
+            rounded = torch.stack([one.permute(1, 0, 2) for one in layers]).to(getattr(torch, self.kv_dtype))
+            rounded = rounded.contiguous().cpu()
             planes.append(rounded.view(torch.uint8).numpy().view(STORAGE_DTYPE[self.kv_dtype]))
         return np.stack(planes)
 
@@ -192,7 +209,7 @@ class Model:
         tensors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for group, of_group in zip(self.groups, values, strict=True):
             for i, number in enumerate(group.layers):
-                tensors[number] = (of_group[0, i : i + 1], of_group[1, i : i + 1])
+                tensors[number] = group.cached(of_group[:, i])
         cache = transformers.DynamicCache()
         for number in sorted(tensors):
             cache.update(*tensors[number], number)

@@ -23,8 +23,17 @@ class Letters:
 
 
 def tiny(kind: str = "llama", kv_dtype: KVDtype = "bfloat16") -> Model:
-    """Llama of three layers alike, or (`gemma`) of two with a sliding window and one without."""
+    """Three layers: `llama` with two KV heads for four (GQA), `mha` with as many, `gemma` of which two have a sliding
+    window, `deepseek_v2` and `deepseek_v3` with latents of 24 + 8 channels (MLA) and experts in the last two."""
     import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = _made(kind)
+    return Model.of(made, kv_dtype=kv_dtype, tokenizer=Letters())
+
+
+def _made(kind: str) -> Any:
     import transformers
 
     shape: dict[str, Any] = {
@@ -37,12 +46,23 @@ def tiny(kind: str = "llama", kv_dtype: KVDtype = "bfloat16") -> Model:
         "head_dim": 16,
         "max_position_embeddings": 1024,
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if kind == "llama":
-            made = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
-        else:
+    if kind.startswith("deepseek"):
+        shape |= {"num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 16, "first_k_dense_replace": 1}
+        shape |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "moe_intermediate_size": 16}
+        shape |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+        shape["initializer_range"] = 0.2  # so that what is cached matters
+        del shape["head_dim"]
+    match kind:
+        case "llama":
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
+        case "mha":
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**shape, "num_key_value_heads": 4}))
+        case "gemma":
             kinds = ["sliding_attention", "full_attention", "sliding_attention"]
             config = transformers.Gemma3TextConfig(**shape, sliding_window=24, layer_types=kinds)
-            made = transformers.Gemma3ForCausalLM(config)
-    return Model.of(made, kv_dtype=kv_dtype, tokenizer=Letters())
+            return transformers.Gemma3ForCausalLM(config)
+        case "deepseek_v2":
+            return transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**shape))
+        case "deepseek_v3":
+            return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**shape))
+    raise ValueError(kind)
