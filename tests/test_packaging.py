@@ -65,6 +65,7 @@ def test_the_wheel_holds_every_room_and_nothing_else(wheel: Path) -> None:
         "tiers/stores/base.py",
         "codecs/base.py",
         "kernels/paged.py",
+        "quality/texts/calibration/chats/slovenia.txt",
         "py.typed",
     ):
         assert f"lmcache_s3/{must}" in names
