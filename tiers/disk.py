@@ -62,7 +62,8 @@ _READ_BYTES = 2 << 20
 class DiskTier(BudgetedTier[Held]):
     """Cells on disk, which with all that belongs to them take at most `budget_bytes` of its blocks.
 
-    clock: wall clock in seconds, for the order of use only. keep_buffers_bytes: memory kept for the next reads.
+    clock: wall clock in seconds, for the order of use only; what was noted as used later than now counts as used now.
+    keep_buffers_bytes: memory kept for the next reads, besides what those under way need.
     """
 
     def __init__(
@@ -133,6 +134,10 @@ class DiskTier(BudgetedTier[Held]):
         for held, known in contents.held.values():
             latest[known.place] = held, known
         found = sorted(latest.values(), key=lambda one: one[0].used_s)
+        now_s = self._clock()
+        for held, _ in found:  # the clock was wrong once: else ours would stand still until it is that late
+            if not held.used_s <= now_s:
+                held.used_s = now_s
         there = self._segments.recover([held.place for held, _ in found])
         n_tokens = self._chunk_tokens
         self._restore(

@@ -7,7 +7,7 @@ import random
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,8 @@ from lmcache_s3.errors import Invalid, Missing, Unavailable, Unusable
 from lmcache_s3.testing.cells import Cells, make_cells, plain, refs
 from lmcache_s3.testing.killing import killed_writer
 from lmcache_s3.tiers.disk import FIXED_BYTES, DiskTier
+from lmcache_s3.tiers.eviction.base import Item
+from lmcache_s3.tiers.eviction.lru import LRUPolicy
 
 MIB = 1 << 20
 
@@ -255,6 +257,31 @@ def test_order_of_use_survives_without_a_proper_end(tmp_path: Path) -> None:
     assert sum(again.match_prefix(refs(cells)) for cells in old) == 100
     assert sum(again.match_prefix(refs(cells)) for cells in new) == 50
     again.close()
+
+
+def test_times_to_come_count_as_now(tmp_path: Path) -> None:
+    """A clock that was wrong for a while must not leave the order of use standing still until it is that late."""
+    rng = random.Random(1)
+    tier = DiskTier(tmp_path, MIB, clock=lambda: 5_000.0)
+    first, second = make_cells(rng, [5_000]), make_cells(rng, [5_000])
+    tier.put(first)
+    tier.put(second)
+    tier.close()
+    seen: list[float] = []
+
+    class Policy(LRUPolicy):
+        def use(self, items: Sequence[Item], now_s: float) -> None:
+            seen.append(now_s)
+            super().use(items, now_s)
+
+    now_s = [1_000.0]
+    tier = DiskTier(tmp_path, MIB, eviction=Policy(), clock=lambda: now_s[0])
+    now_s[0] += 10.0
+    tier.get(refs(first))
+    assert seen == [1_000.0, 1_000.0, 1_010.0]
+    tier.evict(1)
+    assert (tier.match_prefix(refs(first)), tier.match_prefix(refs(second))) == (1, 0)
+    tier.close()
 
 
 def test_a_torn_journal_loses_only_what_is_torn(tmp_path: Path) -> None:
