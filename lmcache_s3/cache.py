@@ -14,6 +14,7 @@ Raises from `open`: `Invalid`, `Unsafe`, `Unavailable`, `Unusable`; else `Invali
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +27,7 @@ import numpy as np
 from lmcache_s3.behind import Behind
 from lmcache_s3.calibration_store import calibrated_codec
 from lmcache_s3.config import Settings, load_settings
+from lmcache_s3.config_sizes import check_sizes
 from lmcache_s3.damage import DamageControl
 from lmcache_s3.errors import Invalid, Unusable
 from lmcache_s3.fidelity import measured_codec
@@ -46,6 +48,8 @@ from lmcache_s3.write_behind import PRESSURE, WriteBehind
 
 if TYPE_CHECKING:
     from lmcache_s3.identity import Tokens
+
+_log = logging.getLogger("lmcache_s3.cache")
 
 __all__ = ["Cache", "CacheStats", "Match", "Retrieved", "StoreReport"]
 
@@ -165,6 +169,8 @@ class Cache:
                 kind="setting",
                 key="head_groups",
             )
+        for warning in check_sizes(settings, geometry, codec, Grid(1, settings.head_groups or 1)):
+            _log.warning("%s", warning)
         counting = CountingStore(store)
         index = Index.open(counting, space, settings=settings.index_settings())
         try:

@@ -171,7 +171,9 @@ class Settings(BaseSettings):
         "1GiB", "Host memory for stored cells, in each engine process; null: every load goes to disk or bucket."
     )
     disk_bytes: Size | None = fields.budget(
-        None, "Local disk for stored cells, in each engine process, needs `disk_path`; null: no such tier."
+        None,
+        "Local disk for stored cells, in each engine process, needs `disk_path`; null: no such tier. Its reads keep "
+        "up to 64 MiB of host memory, outside every budget.",
     )
     disk_path: Path | None = fields.field(
         None,
@@ -203,7 +205,9 @@ class Settings(BaseSettings):
         allow_inf_nan=False,
     )
     write_behind_bytes: Size = fields.size(
-        "1GiB", "Most host memory for chunks that rest, in each engine process; beyond it the oldest go up at once."
+        "1GiB",
+        "Most host memory for chunks that rest, in each engine process; beyond it the oldest go up at once. Not less "
+        "than `extent_bytes`.",
     )
     io_threads: Count = fields.field(
         16,
@@ -307,6 +311,16 @@ class Settings(BaseSettings):
     def _not_nothing(cls, value: ByteSize | None) -> ByteSize | None:
         if value == 0:
             raise ValueError("0 would keep nothing; leave it out (null) to switch this tier off")
+        if value is not None and value < fields.LEAST_BYTES:
+            raise ValueError(fields.too_few(value, "hold no chunk of any model", "4GiB"))
+        return value
+
+    @field_validator("bucket_bytes", "default_tenant_bytes", "tenant_bytes")
+    @classmethod
+    def _not_by_mistake(cls, value: ByteSize | dict[str, ByteSize] | None) -> ByteSize | dict[str, ByteSize] | None:
+        for one in value.values() if isinstance(value, dict) else (value,):
+            if one is not None and 0 < one < fields.LEAST_BYTES:
+                raise ValueError(fields.too_few(one, "would have everything removed", "1TiB"))
         return value
 
     @model_validator(mode="after")

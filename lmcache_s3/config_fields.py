@@ -27,6 +27,10 @@ Count = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
 
 
+LEAST_BYTES = 1 << 20
+"""Of what is to hold KV: less is a forgotten unit."""
+
+
 def field(default: Any, description: str, *, what: str, mend: str, **constraints: Any) -> Any:
     """A setting. what, mend: how its error reads: `name: value is not <what>; <mend>`."""
     return Field(default, description=description, json_schema_extra={"what": what, "mend": mend}, **constraints)
@@ -74,6 +78,10 @@ def limit(description: str) -> Any:
 
 def switch(description: str) -> Any:
     return field(False, description, what="true or false", mend="write true or false")
+
+
+def too_few(n_bytes: int, why: str, example: str) -> str:
+    return f"{int(n_bytes)} bytes {why}; give 1MiB or more, and the unit: write for example {example}"
 
 
 def unknown(name: str, what: str, known: tuple[str, ...]) -> str:

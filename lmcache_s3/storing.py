@@ -49,10 +49,14 @@ class StoreReport:
     n_bytes: int
 
 
+def expected_chunk_bytes(geometry: Geometry, codec: KVCodec) -> int:
+    """Encoded bytes of a chunk, about."""
+    return max(1, int(geometry.chunk_bytes * (1.0 if codec.exact else _LOSSY_RATIO)))
+
+
 def chunks_per_extent(geometry: Geometry, codec: KVCodec, extent_bytes: int) -> int:
     """How many chunks an extent takes at most, by expected encoded bytes; at least one."""
-    expected = geometry.chunk_bytes * (1.0 if codec.exact else _LOSSY_RATIO)
-    return max(1, min(_MOST_CHUNKS, int(extent_bytes / expected)))
+    return max(1, min(_MOST_CHUNKS, extent_bytes // expected_chunk_bytes(geometry, codec)))
 
 
 def as_stored(kv: Any, geometry: Geometry) -> np.ndarray:

@@ -13,6 +13,7 @@ import pytest
 
 from lmcache_s3.cli.units import moment_s, size_bytes, span_s, time_text
 from lmcache_s3.errors import Invalid
+from lmcache_s3.identity import KVGroup, Space
 from lmcache_s3.testing.filling import fill
 from lmcache_s3.types import extent_prefix
 
@@ -79,18 +80,22 @@ def test_gc_by_tenant_and_by_age(cli: Run, cache: Any) -> None:
 
 
 def test_gc_takes_the_settings_and_options_win(cli: Run, cache: Any) -> None:
+    large = Space("cd" * 32, "bfloat16", (KVGroup("full", 4, 2, 8, 64),))
+    for seed in range(3):
+        fill(cache.store, large, range(seed, seed + 256), seed=seed)
+
     def removed(*arguments: object, **settings: str) -> int:
         env = {f"LMCACHE_S3_{name.upper()}": value for name, value in settings.items()}
-        answer = cli("gc", cache.url, "--dry-run", "--json", *arguments, env=env)
+        answer = cli("gc", cache.url, "--space", large.id, "--dry-run", "--json", *arguments, env=env)
         assert answer.code == 0, answer.err
         return sum(len(s["removed"]) for s in answer.json["spaces"])
 
     assert removed() == 0
-    assert removed(bucket_bytes="1B") == 3
-    assert removed("--max-bytes", "1GiB", bucket_bytes="1B") == 0
-    assert removed(tenant_bytes='{"": "1B"}') == 3
-    assert removed("--tenant-bytes", "other=1B", tenant_bytes='{"": "1B"}') == 0
-    assert removed(default_tenant_bytes="1B") == 3
+    assert removed(bucket_bytes="1MiB") == 3
+    assert removed("--max-bytes", "1GiB", bucket_bytes="1MiB") == 0
+    assert removed(tenant_bytes='{"": "1MiB"}') == 3
+    assert removed("--tenant-bytes", "other=1MiB", tenant_bytes='{"": "1MiB"}') == 0
+    assert removed(default_tenant_bytes="1MiB") == 3
     age(cache, 7200)
     assert removed(ttl_s="3600") == 3
     assert removed(ttl_s="86400") == 0

@@ -93,6 +93,24 @@ def test_environment_spells_null_size_and_mapping(monkeypatch: pytest.MonkeyPatc
             {"url": URL, "disk_bytes": "0"},
             "disk_bytes: 0 would keep nothing; leave it out (null) to switch this tier off",
         ),
+        (
+            {"url": URL, "host_bytes": 1},
+            "host_bytes: 1 bytes hold no chunk of any model; give 1MiB or more, and the unit: write for example 4GiB",
+        ),
+        (
+            {"url": URL, "disk_bytes": 500},
+            "disk_bytes: 500 bytes hold no chunk of any model; give 1MiB or more, and the unit: write for example 4GiB",
+        ),
+        (
+            {"url": URL, "bucket_bytes": 500},
+            "bucket_bytes: 500 bytes would have everything removed; give 1MiB or more, and the unit: write for example "
+            "1TiB",
+        ),
+        (
+            {"url": URL, "tenant_bytes": {"secret": 10}},
+            "tenant_bytes: 10 bytes would have everything removed; give 1MiB or more, and the unit: write for example "
+            "1TiB",
+        ),
         ({"url": URL, "extent_bytes": 0}, "extent_bytes: 0 is not a size; write for example 256MiB"),
         ({"url": URL, "staging_bytes": None}, "staging_bytes: None is not a size; write for example 512MiB"),
         ({"url": URL, "codec": "fats"}, "codec: 'fats' is no codec; did you mean fast?"),
@@ -209,6 +227,8 @@ def test_every_setting_reads_its_variable(monkeypatch: pytest.MonkeyPatch) -> No
         "requester_pays": "1", "read_only": "1", "single_writer": "1", "url": URL,
         "endpoint_url": "http://h", "region": "r", "profile": "p", "codec_level": "l",
         "tenant_bytes": '{"a": "1GiB"}',
+    } | {
+        f"{name}_bytes": "7MiB" for name in ("device", "host", "disk", "bucket", "default_tenant")
     }  # fmt: skip
     for name in Settings.model_fields:
         monkeypatch.setenv(f"LMCACHE_S3_{name.upper()}", values.get(name, "7"))

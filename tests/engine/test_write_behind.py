@@ -105,7 +105,7 @@ def test_what_rests_when_the_process_dies_is_lost_and_leaves_nothing(url: str) -
 
 def test_more_than_may_rest_is_given_up_and_computed_again(url: str) -> None:
     tokens = prompt(3 * CHUNK)
-    a = Engine(url, 2, write_behind_s=600, write_behind_bytes="64KiB", store_deadline_s=0.5)
+    a = Engine(url, 2, write_behind_s=600, write_behind_bytes="96KiB", store_deadline_s=0.5)
     a.ask(tokens, "a")
     until(a, lambda: a.scheduler.counters.total("failed_extents") == 1)
     assert a.ask(tokens, "again") == 0

@@ -23,6 +23,7 @@ import torch
 
 from lmcache_s3.calibration_store import with_calibration
 from lmcache_s3.codecs.base import KVCodec
+from lmcache_s3.config_sizes import check_sizes
 from lmcache_s3.errors import Bug, Invalid, LMCacheS3Error, Unusable
 from lmcache_s3.integrations.vllm.audit import Audit
 from lmcache_s3.integrations.vllm.blocks import EngineBlocks
@@ -106,6 +107,10 @@ class WorkerRole:
             settings.chunk_tokens,
         )
         check_staging(settings.staging_bytes, self._geometry, codec)
+        grid = facts.grid(settings) or Grid()
+        for warning in check_sizes(settings, self._geometry, codec, grid, processes=facts.writers * grid.stages):
+            if self.rank == 0:
+                logger.warning("%s", warning)
         self.counters = Counters("worker", self.rank)
         self._store = CountingStore(open_store(settings.url, options=settings.store_options()))
         self._transfer: Transfer | None = None
