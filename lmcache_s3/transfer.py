@@ -244,8 +244,9 @@ class Transfer:
         Raises `Invalid` if there is no such tier.
         """
         target = self.stack.level(tier)
-        if target is None or target == len(self.stack.tiers):
-            names = ", ".join(one.name for one in self.stack.tiers) or "none"
+        into = [one.name for one in self.stack.tiers if one is not self._resting]
+        if target is None or tier not in into:
+            names = ", ".join(into) or "none"
             raise Invalid(f"tier {tier!r} is not there to prefetch into (there is: {names})", kind="argument")
 
         def keep(cells: list[tuple[CellRef, Buffer]], level: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from lmcache_s3 import Cache, Unavailable
+from lmcache_s3 import Cache, Invalid, Unavailable
 from lmcache_s3.index.service import Verdict
 from lmcache_s3.testing.faults import Fault, FaultyStore
 from lmcache_s3.testing.small import (
@@ -207,6 +207,17 @@ def test_more_than_may_rest_is_refused(head_groups: int) -> None:
             cache.store(random_tokens(3 * N), random_kv(SPACE, 3 * N)).result(5)
         cache.transfer.drain(5)
         assert resting(cache) == 0
+
+
+def test_prefetch_names_tiers_that_can_be_set_up() -> None:
+    tokens, kv = random_tokens(N), random_kv(SPACE, N)
+    with opened(open_store(fresh_memory_url()), host_bytes="1MiB") as cache:
+        cache.store(tokens, kv)
+        until(lambda: cache.lookup(tokens).tokens == N)
+        for tier in ("disk", "resting", "object"):
+            with pytest.raises(Invalid, match=rf"tier '{tier}' is not there to prefetch into \(there is: host\)"):
+                cache.prefetch(cache.lookup(tokens), tier)
+        assert cache.prefetch(cache.lookup(tokens), "host").result(5).loaded_chunks == 1
 
 
 def test_under_pressure_the_oldest_goes_up() -> None:
