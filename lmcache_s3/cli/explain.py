@@ -62,11 +62,14 @@ def _candidates(
     cli: Cli, model: str | None, wanted: str | None, kv_dtype: str | None
 ) -> tuple[list[Space], list[dict[str, Any]]]:
     """Spaces worth looking in, and how each space compares with what the engine would use."""
+    if wanted is None and model is None:
+        wanted = _only_space(cli)
+        if wanted is None:
+            return [], []
     if wanted is not None:
         found = find_space(cli.store, wanted)
-        return [found], [{"space": found.id, "model": found.model, "differs": []}]
-    if model is None:
-        raise Invalid("explain needs --model PATH, or --space ID to look in", kind="argument")
+        return [found], [{"space": found.id, "model": found.model, "differs": None}]
+    assert model is not None
     expected = _expected(cli, model, kv_dtype)
     comparison = []
     same_weights = []
@@ -85,6 +88,17 @@ def _candidates(
             same_weights.append(entry.space)
     exact = [s for s in same_weights if not next(c for c in comparison if c["space"] == s.id)["differs"]]
     return exact or same_weights, comparison
+
+
+def _only_space(cli: Cli) -> str | None:
+    """The space that is meant where nothing was said: there is but one. None: there is none. Raises `Invalid`."""
+    ids = [entry.id for entry in list_spaces(cli.store)]
+    if len(ids) > 1:
+        raise Invalid(
+            f"{cli.store.url} holds {len(ids)} spaces: give --model PATH, or --space ID as lmcache-s3 ls shows it",
+            kind="argument",
+        )
+    return ids[0] if ids else None
 
 
 def _expected(cli: Cli, model: str, kv_dtype: str | None) -> dict[str, Any]:
@@ -292,8 +306,14 @@ def _fate_text(chunk: dict[str, Any]) -> str | None:
 def _space_table(rows: list[dict[str, Any]]) -> Any:
     made = table("space", "model", "compared with this engine")
     for r in rows:
-        made.add_row(r["space"][:16], r["model"] or "–", "; ".join(r["differs"]) or "[green]the same[/green]")
+        made.add_row(r["space"][:16], r["model"] or "–", _difference_text(r["differs"]))
     return made
+
+
+def _difference_text(differs: list[str] | None) -> str:
+    if differs is None:
+        return "not compared"
+    return "; ".join(differs) or "[green]the same[/green]"
 
 
 def _chunk_table(answer: dict[str, Any]) -> Any:

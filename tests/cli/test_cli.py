@@ -212,7 +212,6 @@ def test_a_space_that_cannot_be_read_is_said_and_the_others_shown(cli: Run, cach
         (["ls"], "lmcache-s3: url: missing; write for example s3://bucket/prefix\n"),
         (["ls", "nope://x"], "unknown scheme 'nope'"),
         (["ls", "/x", "--addressing-style", "dns"], "addressing_style: 'dns' is not auto, path or virtual"),
-        (["explain", "/x"], "explain needs --model PATH"),
         (["init", "/dev/null/x"], "not a directory"),
         (["ls", "/x", "--settings-file", "/y"], "settings file /y: cannot be read"),
     ],

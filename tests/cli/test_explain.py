@@ -204,6 +204,24 @@ def test_people_read_a_table(cli: Run, tmp_path: Path, filled: Space) -> None:
     assert "missing" in answer.out
 
 
+def test_the_only_space_is_meant_where_none_is_named(cli: Run, tmp_path: Path, filled: Space, space: Space) -> None:
+    url, file = f"file://{tmp_path / 'store'}", tmp_path / "tokens.json"
+    file.write_text(json.dumps(TOKENS))
+    answer = cli("explain", url, "--tokens", file)
+    assert answer.code == 0, answer.err
+    assert "a hit: 48 of 50 tokens are cached" in answer.out
+    assert "not compared" in answer.out
+    assert cli("explain", url, "--json").json["spaces"] == [
+        {"space": filled.id, "model": filled.model, "differs": None}
+    ]
+    other = Space(space.weights, "float16", space.groups, chunk_tokens=16)
+    fill(open_store(url), other, TOKENS)
+    answer = cli("explain", url, "--tokens", file)
+    assert answer.code == 2
+    assert "holds 2 spaces: give --model PATH, or --space ID" in answer.err
+    assert "nothing is cached" in cli("explain", f"file://{tmp_path / 'nothing'}", "--tokens", file).out
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
