@@ -48,7 +48,11 @@ class ProxyRefused(Unreachable):
 
 
 class Untrusted(Trouble):
-    """TLS could not be agreed on."""
+    """The server's certificate is not one to trust."""
+
+
+class NoTls(Trouble):
+    """TLS could not be agreed on; perhaps the server does not speak it."""
 
 
 class Silence(Trouble):
@@ -210,8 +214,10 @@ class Connection:
                 self._socket = route.tls.wrap_socket(self._socket, server_hostname=route.host)
             except TimeoutError as e:
                 raise Silence("no TLS in time") from e
-            except ssl.SSLError as e:
+            except ssl.SSLCertVerificationError as e:
                 raise Untrusted(str(e)) from e
+            except ssl.SSLError as e:
+                raise NoTls(str(e)) from e
             except OSError as e:
                 raise Cut(str(e)) from e
             self._tls = True

@@ -178,9 +178,9 @@ def _proxy(scheme: str, netloc: str) -> tuple[tuple[str, int] | None, dict[str, 
         host, port, parts = None, 0, urlsplit("")
     if host is None or parts.scheme != "http":
         # The value is not shown: it may hold a password.
+        why = "names a proxy that is itself spoken to by TLS" if parts.scheme == "https" else "names no HTTP proxy"
         raise Invalid(
-            f"{scheme}_proxy: not the address of an HTTP proxy; write http://host:port, or name this endpoint in "
-            "no_proxy",
+            f"{scheme.upper()}_PROXY {why}; write http://host:port, or name this endpoint in NO_PROXY",
             kind="setting",
             key=f"{scheme}_proxy",
         )

@@ -23,7 +23,8 @@ from lmcache_s3.types import Buffer, ObjectInfo, Outcome
 
 _LINK_UNSUPPORTED = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
 _PRUNE_RACES = 100
-"""How often a directory may vanish under a writer (a concurrent delete prunes empty ones) before we give up."""
+"""How often a directory may vanish under a writer (a concurrent delete prunes empty ones) before we take it for one
+that cannot be made (below /proc, say)."""
 
 
 class LocalStore:
@@ -209,7 +210,10 @@ class LocalStore:
                 return os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), temporary
             except FileNotFoundError:
                 continue  # a delete pruned the directory between our two steps
-        raise Unavailable(f"{directory}: vanished {_PRUNE_RACES} times while being written to", kind="network")
+        there = directory
+        while not os.path.isdir(there):
+            there = os.path.dirname(there)
+        raise Invalid(f"{self.url}: no directory can be made in {there}; name another path", kind="permission")
 
     def _prune(self, directory: str) -> None:
         """Remove directories left empty, upwards, sparing the root. Best effort."""

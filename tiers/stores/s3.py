@@ -70,6 +70,7 @@ class S3Store:
         """One LIST; raises `Invalid(bucket | credentials | permission)` or `Unavailable`."""
         self._open()
         with self._mapping(None):
+            self._caller.find()  # what is wrong with proxy or ca_bundle is said once, in our words
             self._account.client.list_objects_v2(
                 Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1, **self._account.list_arguments
             )
@@ -157,6 +158,7 @@ class S3Store:
         while True:
             self._open()
             with self._mapping(None):
+                self._caller.find()
                 page = self._account.client.list_objects_v2(**arguments, MaxKeys=min(left or _PAGE, _PAGE))
             for entry in page.get("Contents", ()):
                 key = entry["Key"][len(self._prefix) :]

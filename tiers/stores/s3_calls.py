@@ -65,6 +65,10 @@ class Caller:
         self._there: tuple[Place, Pool] | None = None
         self._closed = False
 
+    def find(self) -> None:
+        """Find out where the bucket is and how to get there, unless that is known; asks nobody."""
+        self._find()
+
     def call(self, call: Call, receive: Callable[[Answer], T]) -> T:
         """What `receive` makes of a 2xx answer. It reads the body, and may be called again after `Trouble`."""
         attempt = 1

@@ -5,10 +5,12 @@ One message form: the thing, what is wrong, how to mend it.
 
 from __future__ import annotations
 
+import ssl
+
 import botocore.exceptions as bc
 
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Missing, Unavailable, Unusable
-from lmcache_s3.tiers.stores.http_connection import ProxyRefused, Silence, Trouble, Unreachable, Untrusted
+from lmcache_s3.tiers.stores.http_connection import NoTls, ProxyRefused, Silence, Trouble, Unreachable, Untrusted
 from lmcache_s3.tiers.stores.http_head import Garbled
 
 
@@ -92,12 +94,9 @@ def mapped(error: Exception, *, where: str, bucket: str, endpoint: str, key: str
         )
     if isinstance(error, _TIMEOUTS):
         return Unavailable(f"{where}: {endpoint} did not answer in time", kind="timeout", key=key)
-    if isinstance(error, Untrusted | bc.SSLError):
-        return Unavailable(
-            f"{where}: TLS to {endpoint} failed ({_one_line(error)}); is ca_bundle the server's CA?",
-            kind="network",
-            key=key,
-        )
+    if isinstance(error, Untrusted | NoTls | bc.SSLError):
+        ask = "is ca_bundle the server's CA?" if _is_distrust(error) else "does it speak TLS there, or plain http://?"
+        return Unavailable(f"{where}: TLS to {endpoint} failed ({_one_line(error)}); {ask}", kind="network", key=key)
     if isinstance(error, ProxyRefused | bc.ProxyConnectionError):
         # The proxy's address is not shown: it may hold a password.
         return Unavailable(
@@ -156,6 +155,15 @@ def _answered(status: int, code: str, *, where: str, bucket: str, endpoint: str,
     if status in (400, 405, 411, 501):
         return Invalid(f"{where}: {endpoint} refused the request ({status} {code})", kind="argument", key=key)
     return Unavailable(f"{where}: {endpoint} answered {status} ({code})", kind="network", key=key)
+
+
+def _is_distrust(error: BaseException | None) -> bool:
+    """Whether a certificate was refused; boto3 says so only in what its error came from."""
+    while error is not None:
+        if isinstance(error, Untrusted | ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _one_line(error: BaseException) -> str:

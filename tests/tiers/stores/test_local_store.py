@@ -69,6 +69,15 @@ def test_check(tmp_path: Path) -> None:
         LocalStore("relative/path")
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc")
+def test_a_place_where_no_directory_can_be_made() -> None:
+    store = LocalStore("/proc/lmcache-s3")
+    for call in (lambda: store.put("key", b"x"), lambda: store.create("key", b"x")):
+        with pytest.raises(Invalid, match=r"no directory can be made in /proc; name another path|permission") as e:
+            call()
+        assert e.value.kind == "permission"
+
+
 def failing(number: int) -> Callable[..., int]:
     def fail(*_: object, **__: object) -> int:
         raise OSError(number, os.strerror(number), "/some/where")

@@ -84,6 +84,14 @@ class TestTls:
                     call()
             assert store.create("k", b"") is Outcome.UNKNOWN
 
+    def test_a_server_that_speaks_no_tls(self, place: tuple[str, str], seaweedfs: SeaweedFS) -> None:
+        options = StoreOptions(endpoint_url=f"https://127.0.0.1:{seaweedfs.port}", ca_bundle=CA)
+        with closing(S3Store(*place, options=options)) as store:
+            for call in (store.check, lambda: store.get("k")):
+                with pytest.raises(Unavailable, match="does it speak TLS there, or plain http:") as e:
+                    call()
+                assert "ca_bundle" not in str(e.value)
+
     def test_another_servers_certificate(
         self, place: tuple[str, str], tls: TlsFront, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -161,10 +169,13 @@ class TestProxies:
         self, place: tuple[str, str], proxy: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("http_proxy", proxy)
-        with closing(S3Store(*place)) as store, pytest.raises(Invalid, match="no_proxy") as e:
-            store.get("k")
-        assert e.value.key == "http_proxy"
-        assert "secret" not in str(e.value)
+        with closing(S3Store(*place)) as store:
+            for call in (store.check, lambda: store.get("k"), lambda: list(store.list("k"))):
+                with pytest.raises(Invalid, match=r"HTTP_PROXY names .*NO_PROXY") as e:
+                    call()
+                assert e.value.key == "http_proxy"
+                assert "secret" not in str(e.value)
+                assert ("by TLS" in str(e.value)) == proxy.startswith("https")
 
 
 class TestAddressing:
