@@ -80,6 +80,11 @@ def model_config(model: str, *, revision: str | None = None) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
+def is_hub_name(model: str) -> bool:
+    """Whether it reads like one; what does not can only be a path."""
+    return _HUB_NAME.fullmatch(model) is not None
+
+
 def _locate(model: str, revision: str | None) -> Path:
     path = Path(model).expanduser()
     return path if path.exists() else _hub_snapshot(model, revision)
@@ -114,7 +119,7 @@ def _hub_cache(environ: Mapping[str, str] = os.environ) -> Path:
 
 def _hub_snapshot(model: str, revision: str | None) -> Path:
     """The snapshot directory of a hub name in the local cache; nothing is downloaded."""
-    if _HUB_NAME.fullmatch(model) is None:
+    if not is_hub_name(model):
         raise _cannot_find(model, "no such directory")
     repo = _hub_cache() / f"models--{model.replace('/', '--')}"
     if not repo.is_dir():

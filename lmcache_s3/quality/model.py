@@ -19,6 +19,7 @@ from lmcache_s3.errors import Invalid
 from lmcache_s3.identity import KVGroup
 from lmcache_s3.quality.latent import Latent, look
 from lmcache_s3.types import STORAGE_DTYPE, Geometry, KVDtype
+from lmcache_s3.weights import is_hub_name
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,9 @@ class Model:
     """
 
     def __init__(self, path: str | Path, *, device: str | None = None) -> None:
+        here = Path(path).is_dir()
+        if not here and not is_hub_name(str(path)):
+            raise Invalid(f"model {str(path)!r}: no such directory", kind="argument", key="model")
         try:
             import torch
             import transformers
@@ -82,7 +86,10 @@ class Model:
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
         except (OSError, ValueError, KeyError) as error:
             said = " ".join(str(error).split())[:200]
-            raise Invalid(f"model {self.path!r} cannot be loaded: {said}", kind="argument", key="model") from error
+            where = "" if here else ", which is no directory here,"
+            raise Invalid(
+                f"model {self.path!r}{where} cannot be loaded: {said}", kind="argument", key="model"
+            ) from error
         self._setup(config, stated, device)
 
     @classmethod

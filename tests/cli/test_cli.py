@@ -213,6 +213,7 @@ def test_a_space_that_cannot_be_read_is_said_and_the_others_shown(cli: Run, cach
         (["ls", "nope://x"], "unknown scheme 'nope'"),
         (["ls", "/x", "--addressing-style", "dns"], "addressing_style: 'dns' is not auto, path or virtual"),
         (["init", "/dev/null/x"], "not a directory"),
+        (["calibrate", "/nope", "--url", "/x"], "model '/nope': no such directory"),
         (["ls", "/x", "--settings-file", "/y"], "settings file /y: cannot be read"),
     ],
 )
