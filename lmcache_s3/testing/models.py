@@ -135,6 +135,34 @@ def random_hybrid(
     return _save_random(Gemma3ForCausalLM, config, tokenizer, Path(directory), getattr(torch, dtype), seed)
 
 
+def random_deepseek(directory: str | Path, *, dtype: str = "bfloat16", seed: int = 0) -> Path:
+    """A DeepSeek V3 with random weights: four layers of latent attention (MLA; 512 + 64 channels, the one size
+    that vLLM decodes on a CPU) and no experts."""
+    import torch
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    tokenizer = _tokenizer()
+    layers = 4
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": layers,
+        "first_k_dense_replace": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 32,
+        "max_position_embeddings": 8192,
+        **_special_tokens(tokenizer),
+    }
+    config = DeepseekV3Config(**shape)
+    return _save_random(DeepseekV3ForCausalLM, config, tokenizer, Path(directory), getattr(torch, dtype), seed)
+
+
 def _save_random(kind: Any, config: Any, tokenizer: Any, out: Path, dtype: Any, seed: int) -> Path:
     import torch
 
