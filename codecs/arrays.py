@@ -39,3 +39,8 @@ def check_array(array: np.ndarray, spec: CellSpec, *, what: str) -> None:
 def contiguous(cell: np.ndarray, spec: CellSpec) -> np.ndarray:
     """The cell's bits in C order, little-endian; a copy only where they are not so already."""
     return np.ascontiguousarray(cell, dtype=storage_dtype(spec))
+
+
+def bits_of(cell: np.ndarray, spec: CellSpec) -> memoryview:
+    """The cell's bytes, as `contiguous` has them."""
+    return contiguous(cell, spec).reshape(-1).view(np.uint8).data

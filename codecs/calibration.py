@@ -27,6 +27,7 @@ from lmcache_s3.kernels.rans_tables import TABLES
 from lmcache_s3.types import FORMAT_VERSION, ITEM_BYTES, Buffer, KVDtype
 
 if TYPE_CHECKING:
+    from lmcache_s3.kernels.transform_forward import Forward
     from lmcache_s3.kernels.transform_products import Packed
 
 MAX_FILE_BYTES = 1 << 30
@@ -90,6 +91,13 @@ class Unit:
         from lmcache_s3.kernels.transform_products import pack  # numba only where it is needed
 
         return pack(self.inverse, self.vectors, max(self.streams, 1))
+
+    @cached_property
+    def packed_forward(self) -> Forward:
+        """`forward` as encoding reads it. Made once, of its size."""
+        from lmcache_s3.kernels.transform_forward import pack_forward
+
+        return pack_forward(self.forward, self.forward_scale, self.mean)
 
     def scaled(self, step: float) -> tuple[np.ndarray, ...]:
         """(inverse_scale · step, mean), float32 [block · column] as `packed` has them. Made once a step."""

@@ -6,41 +6,30 @@ same each. Transform, tables and units come from a calibration (`calibration.py`
 with defaults decodes every cell whose calibration `calibrations.py` can find. FORMAT.md §7.3.
 
 What is exact: token 0 of the prompt, which attention leans on most, and a token in a unit where a coefficient is out of
-reach or not finite. A cell that would not become smaller is stored raw. Decoding gives the same bits on every machine;
-encoding depends on how the machine rounds its sums. Raises `Unusable` (header's kinds, payload, calibration) when
-decoding, `Unavailable` where a bucket with the calibration does not answer, `Invalid` for arguments.
+reach or not finite. A cell that would not become smaller is stored raw. Encoding and decoding give the same bits on
+every machine. Raises `Unusable` (header's kinds, payload, calibration) when decoding, `Unavailable` where a bucket with
+the calibration does not answer, `Invalid` for arguments.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 from lmcache_s3.codecs import calibrations
-from lmcache_s3.codecs.arrays import check_array, contiguous, raw_bytes, storage_dtype
+from lmcache_s3.codecs.arrays import bits_of, check_array, raw_bytes, storage_dtype
 from lmcache_s3.codecs.base import JSON, CellPosition, CellSpec, KVCodec
-from lmcache_s3.codecs.calibration import REACH, Calibration, Unit
+from lmcache_s3.codecs.calibration import Calibration
 from lmcache_s3.codecs.header import HEADER_BYTES, said_position, unwrap, wrap
-from lmcache_s3.codecs.transform_layout import Layout, Placed, layout_of
-from lmcache_s3.codecs.transform_payload import (
-    FIXED_BYTES,
-    RAW,
-    Coded,
-    Fixed,
-    Parts,
-    put_together,
-    read_fixed,
-    read_sections,
-)
+from lmcache_s3.codecs.transform_encoding import coded
+from lmcache_s3.codecs.transform_layout import Layout, Placed, layout_of, place_of, rotation_of
+from lmcache_s3.codecs.transform_payload import FIXED_BYTES, RAW, Fixed, Parts, read_fixed, read_sections
 from lmcache_s3.errors import Invalid, Unusable
 from lmcache_s3.types import Buffer
-
-if TYPE_CHECKING:
-    from lmcache_s3.kernels.transform_values import Rotation
 
 _LEVEL = re.compile(r"[a-z0-9_]{1,32}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
@@ -85,6 +74,15 @@ class TransformCodec(KVCodec):
 
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
         check_array(cell, spec, what="cell")
+        calibration, level = self.settings()
+        layout = layout_of(calibration, spec, position)
+        if isinstance(layout, str):
+            raise Invalid(layout, kind="argument")
+        payload = coded(calibration, layout, level, cell, spec, position.first_token)
+        return write_cell(payload, lambda: cell, spec, position, (level, self._digest))
+
+    def settings(self) -> tuple[Calibration, int]:
+        """What it encodes by, and the index of its level there. Raises `Invalid` (setting)."""
         if not self._digest:
             raise Invalid(
                 "codec transform was made without a calibration and can only decode: name one (codec_calibration)",
@@ -92,24 +90,14 @@ class TransformCodec(KVCodec):
                 key="codec_calibration",
             )
         calibration = calibrations.find(self._digest)
-        level = [one.name for one in calibration.levels].index(self._known_level(calibration))
-        layout = layout_of(calibration, spec, position)
-        if isinstance(layout, str):
-            raise Invalid(layout, kind="argument")
-        payload = _coded(calibration, layout, level, cell, spec, position.first_token)
-        if payload is None or len(payload) >= FIXED_BYTES + raw_bytes(spec):
-            payload = Fixed(RAW, level, self._digest).pack(spec.kv_dtype) + contiguous(cell, spec).tobytes()
-        return wrap(payload, spec, position)
-
-    def _known_level(self, calibration: Calibration) -> str:
-        if calibration.level(self._level) is None:
-            names = ", ".join(level.name for level in calibration.levels)
+        names = [level.name for level in calibration.levels]
+        if self._level not in names:
             raise Invalid(
-                f"codec level {self._level!r}: calibration {self._digest[:12]}… has {names}",
+                f"codec level {self._level!r}: calibration {self._digest[:12]}… has {', '.join(names)}",
                 kind="setting",
                 key="codec_level",
             )
-        return self._level
+        return calibration, names.index(self._level)
 
     # --- decoding
 
@@ -120,6 +108,23 @@ class TransformCodec(KVCodec):
             _decode(read, spec, out)
         else:
             np.copyto(out, read)
+
+
+def write_cell(
+    payload: list[Buffer] | None,
+    whole: Callable[[], np.ndarray],
+    spec: CellSpec,
+    position: CellPosition,
+    settings: tuple[int, str],
+) -> bytes:
+    """The stored cell. payload: of mode 1, in parts; whole: the cell, asked for where it is stored raw: None, or not
+    smaller.
+
+    settings: index of the level, the calibration's digest.
+    """
+    if payload is None or sum(map(len, payload)) >= FIXED_BYTES + raw_bytes(spec):
+        payload = [Fixed(RAW, *settings).pack(spec.kv_dtype), bits_of(whole(), spec)]
+    return wrap(payload, spec, position)
 
 
 class Cell(NamedTuple):
@@ -157,84 +162,6 @@ def rotation(calibration: Calibration, first_token: int, tokens: int) -> tuple[n
     from lmcache_s3.kernels.transform_turns import cos_sin
 
     return cos_sin(calibration.turns, first_token, tokens)
-
-
-def _coefficients(
-    placed: Placed, cell: np.ndarray, spec: CellSpec, turns: tuple[np.ndarray, np.ndarray], level: int, step: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """(bool [token]: values are finite, coefficients within reach; those, float32 [coefficient, token])."""
-    from lmcache_s3.codecs.dtypes import to_float32  # numba and ml_dtypes only where they are needed
-    from lmcache_s3.kernels.transform_values import centre
-
-    unit, tokens = placed.unit, spec.shape[2]
-    values = to_float32(placed.box(cell).transpose(2, 0, 1, 3, 4), spec.kv_dtype).reshape(-1)
-    coded = np.empty(tokens, np.bool_)
-    centre(values, unit.mean, unit.mean.size // unit.vectors, _rotation_of(unit, turns), coded)
-    n = unit.tables[level].size
-    found: np.ndarray = np.matmul(unit.forward[:n].astype(np.float32), values.reshape(tokens, -1).T)
-    found *= (unit.forward_scale[:n] / np.float32(step))[:, None]
-    np.rint(found, out=found)
-    # A comparison with NaN is false.
-    coded &= (found.max(axis=0, initial=0.0) <= REACH) & (found.min(axis=0, initial=0.0) >= -REACH)
-    return coded, found
-
-
-def _rotation_of(unit: Unit, turns: tuple[np.ndarray, np.ndarray]) -> Rotation:
-    """For the kernels; turns: of the cell's tokens."""
-    from lmcache_s3.kernels.transform_values import Rotation
-
-    pairs = turns[0].shape[1]
-    turned = unit.layers * unit.heads if pairs and unit.planes[0] == 0 else 0
-    return Rotation(turns[0].reshape(-1), turns[1].reshape(-1), pairs, turned)
-
-
-def _coded(
-    calibration: Calibration, layout: Layout, level: int, cell: np.ndarray, spec: CellSpec, first_token: int
-) -> bytes | None:
-    """The payload of mode 1; None where it would not be smaller than the raw cell."""
-    from lmcache_s3.kernels.rans_tables import all_tables
-    from lmcache_s3.kernels.transform_streams import encode_unit, idle_states
-
-    tokens = spec.shape[2]
-    step = calibration.levels[level].step
-    turns = rotation(calibration, first_token, tokens)
-    exact = np.zeros((len(layout.units), tokens), bool)
-    exact[:, : int(first_token == 0)] = True
-    quantised: list[np.ndarray] = []
-    for u, placed in enumerate(layout.units):
-        with np.errstate(all="ignore"):  # what is not finite is kept as it is
-            within, q = _coefficients(placed, cell, spec, turns, level, step)
-        exact[u] |= ~within
-        kept = q[:, ~exact[u]] if exact[u].any() else q
-        padded = np.zeros((kept.shape[0], kept.shape[1] + 2 - kept.shape[1] % 2), np.int8)
-        padded[:, : kept.shape[1]] = kept
-        quantised.append(padded)
-    bits = _exact_bits(layout, cell, spec, exact)
-    if len(bits) >= raw_bytes(spec):
-        return None
-    room = sum(q.size for q in quantised)
-    words, escapes = np.empty(room, np.uint16), np.empty(room, np.int8)
-    place = escape_place = room
-    states = idle_states(layout.streams)
-    starts, escape_starts = np.empty(layout.streams + 1, np.int64), np.empty(layout.streams + 1, np.int64)
-    starts[-1] = escape_starts[-1] = room
-    for u in reversed(range(len(layout.units))):
-        placed = layout.units[u]
-        place, escape_place = encode_unit(
-            quantised[u], tokens - int(exact[u].sum()), all_tables(), placed.unit.tables[level], placed.first_stream,
-            placed.streams, states, words, starts, place, escapes, escape_starts, escape_place,
-        )  # fmt: skip
-    coded = Coded(exact, bits, states, np.diff(starts), np.diff(escape_starts), words[place:], escapes[escape_place:])
-    return put_together(coded, calibration.digest, level, spec.kv_dtype, first_token == 0)
-
-
-def _exact_bits(layout: Layout, cell: np.ndarray, spec: CellSpec, exact: np.ndarray) -> bytes:
-    """Bits of exact tokens, [token, plane, layer, head, channel] of each unit, units one after another."""
-    parts = []
-    for u in np.flatnonzero(exact.any(axis=1)):
-        box = layout.units[u].box(cell)[:, :, exact[u]]
-        parts.append(np.ascontiguousarray(box.transpose(2, 0, 1, 3, 4), storage_dtype(spec)).tobytes())
-    return b"".join(parts)
 
 
 def _decode(cell: Cell, spec: CellSpec, out: np.ndarray) -> None:
@@ -295,15 +222,12 @@ class _Target:
         coded: np.ndarray,
     ) -> None:
         """Values of a unit's coded tokens."""
-        from lmcache_s3.kernels.transform_values import Place, decode_values
+        from lmcache_s3.kernels.transform_values import decode_values
 
         unit = placed.unit
-        plane, layer, token, head = self._strides
-        start = unit.planes[0] * plane + placed.layers.start * layer + placed.heads.start * head
         decode_values(
             unit.packed, scaled[0], scaled[1], unit.vectors, unit.mean.size // unit.vectors,
-            _rotation_of(unit, turns), entries, filled, coded,
-            self._flat, Place(start, plane, layer, token, head, unit.layers, unit.heads),
+            rotation_of(unit, turns), entries, filled, coded, self._flat, place_of(placed, self._strides),
         )  # fmt: skip
 
     def finish(self) -> None:

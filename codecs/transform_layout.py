@@ -5,7 +5,9 @@ Pure; raises nothing: what does not fit is told as a text.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,6 +15,9 @@ import numpy as np
 from lmcache_s3.codecs.base import CellPosition, CellSpec
 from lmcache_s3.codecs.calibration import Calibration, Unit
 from lmcache_s3.types import HASH_BYTES, Geometry, Grid
+
+if TYPE_CHECKING:
+    from lmcache_s3.kernels.transform_values import Place, Rotation
 
 MAX_FIRST_TOKEN = 1 << 48
 MAX_TOKENS = 1 << 16
@@ -40,6 +45,24 @@ class Layout:
 
     units: tuple[Placed, ...]
     streams: int
+
+
+def place_of(placed: Placed, strides: Sequence[int]) -> Place:
+    """Where a unit's values lie in a cell, for the kernels. strides: of plane, layer, token, head, in elements."""
+    from lmcache_s3.kernels.transform_values import Place  # numba only where it is needed
+
+    unit, (plane, layer, token, head) = placed.unit, strides
+    start = unit.planes[0] * plane + placed.layers.start * layer + placed.heads.start * head
+    return Place(start, plane, layer, token, head, unit.layers, unit.heads)
+
+
+def rotation_of(unit: Unit, turns: tuple[np.ndarray, np.ndarray]) -> Rotation:
+    """How a unit's vectors are turned, for the kernels. turns: (cosine, sine), float32 [token of the cell, pair]."""
+    from lmcache_s3.kernels.transform_values import Rotation
+
+    pairs = turns[0].shape[1]
+    turned = unit.layers * unit.heads if pairs and unit.planes[0] == 0 else 0
+    return Rotation(turns[0].reshape(-1), turns[1].reshape(-1), pairs, turned)
 
 
 _MOST_KEPT = 256

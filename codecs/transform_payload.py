@@ -21,6 +21,7 @@ from lmcache_s3.codecs.arrays import raw_bytes, storage_dtype
 from lmcache_s3.codecs.base import CellSpec
 from lmcache_s3.codecs.transform_layout import Layout
 from lmcache_s3.errors import Unusable
+from lmcache_s3.types import Buffer
 
 if TYPE_CHECKING:
     from lmcache_s3.kernels.transform_streams import Streams
@@ -69,7 +70,7 @@ class Coded(NamedTuple):
     stream after stream."""
 
     exact: np.ndarray
-    bits: bytes
+    bits: Buffer
     states: np.ndarray
     word_counts: np.ndarray
     escape_counts: np.ndarray
@@ -77,25 +78,23 @@ class Coded(NamedTuple):
     escapes: np.ndarray
 
 
-def put_together(coded: Coded, calibration: str, level: int, kv_dtype: str, first_exact: bool) -> bytes:
-    """The payload of mode 1. first_exact: token 0 is exact in every unit, which is then not listed."""
+def put_together(coded: Coded, calibration: str, level: int, kv_dtype: str, first_exact: bool) -> list[Buffer]:
+    """The payload of mode 1, in parts. first_exact: token 0 is exact in every unit, which is then not listed."""
     tokens = coded.exact.shape[1]
     exact = coded.exact.copy()
     exact[:, : int(first_exact)] = False
     listed = np.flatnonzero(exact)
     entries = (listed // tokens << 16) + listed % tokens
     fixed = Fixed(CODED, level, calibration, entries.size, coded.words.size, coded.escapes.size)
-    return b"".join(
-        (
-            fixed.pack(kv_dtype),
-            entries.astype("<u4").tobytes(),
-            coded.bits,
-            _write_counts(coded.word_counts, coded.escape_counts),
-            coded.states.astype("<u4").tobytes(),
-            coded.words.astype("<u2").tobytes(),
-            coded.escapes.tobytes(),
-        )
-    )
+    return [
+        fixed.pack(kv_dtype),
+        entries.astype("<u4").tobytes(),
+        coded.bits,
+        _write_counts(coded.word_counts, coded.escape_counts),
+        coded.states.astype("<u4").tobytes(),
+        np.ascontiguousarray(coded.words, "<u2").view(np.uint8).data,
+        np.ascontiguousarray(coded.escapes).view(np.uint8).data,
+    ]
 
 
 def _write_counts(words: np.ndarray, escapes: np.ndarray) -> bytes:

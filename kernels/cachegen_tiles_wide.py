@@ -10,18 +10,16 @@ from __future__ import annotations
 import numpy as np
 
 from lmcache_s3.kernels import cachegen_tiles_scalar
-from lmcache_s3.kernels.float_forms import FORMS, FloatForm, narrowed, widened
+from lmcache_s3.kernels.float_forms import FORMS, FloatForm, narrowed, taken
 from lmcache_s3.kernels.jit import inlined, kernel
 from lmcache_s3.kernels.vectors import (
     Vector,
     as_f32,
-    as_u32,
     bits_of_f32,
     cross1,
     cross2,
     cross4,
     cross8,
-    f32_of_bits,
     load16,
     store,
 )
@@ -89,15 +87,6 @@ def _finish(
 @inlined
 def _scaled(q: np.ndarray, i: int, halves: np.ndarray, steps: np.ndarray, j: int) -> Vector:
     return (as_f32(load16(q, i)) + load16(halves, j)) * load16(steps, j)
-
-
-@inlined
-def _taken(flat: np.ndarray, form: FloatForm, i: int) -> Vector:
-    """Float32 of what lies there."""
-    number = as_u32(load16(flat, i))
-    if form.bias != 127:
-        return widened(number, form)
-    return f32_of_bits(number << (32 - form.bits))
 
 
 @kernel
@@ -180,10 +169,10 @@ def coefficients(
         begin = start + token * strides[2] + head * strides[3]
         if block == 64:
             for i in range(0, channels, 64):
-                a, b = _taken(flat, form, begin + i), _taken(flat, form, begin + i + 16)
-                c, d = _taken(flat, form, begin + i + 32), _taken(flat, form, begin + i + 48)
+                a, b = taken(flat, form, begin + i), taken(flat, form, begin + i + 16)
+                c, d = taken(flat, form, begin + i + 32), taken(flat, form, begin + i + 48)
                 _finish64(a, b, c, d, scale, _WIDE_FORM, out, v * channels + i)
             continue
         for i in range(0, channels, 16):
-            store(space, i, _taken(flat, form, begin + i))
+            store(space, i, taken(flat, form, begin + i))
         _finish(space, block, channels, scale, _WIDE_FORM, out, v * channels)

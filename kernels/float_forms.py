@@ -1,8 +1,8 @@
 """How numbers of fewer bits become float32 and back, as kernels need it.
 
 To float32 is exact (what is not finite becomes NaN); back is to nearest, ties to even, and what lies beyond the largest
-finite number becomes that, so NaN does too. bfloat16 and float32, whose exponents are float32's, go shorter ways and
-are not converted here. Threads: safe, no GIL. Raises nothing.
+finite number becomes that, so NaN does too. bfloat16 and float32, whose exponents are float32's, go shorter ways:
+`taken` knows them, the other functions are not for them. Threads: safe, no GIL. Raises nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmcache_s3.kernels.jit import inlined
-from lmcache_s3.kernels.vectors import Vector, as_f32, bits_of_f32, f32_of_bits, select, splat
+from lmcache_s3.kernels.vectors import Vector, as_f32, as_u32, bits_of_f32, f32_of_bits, load16, select, splat
 
 
 class FloatForm(NamedTuple):
@@ -46,6 +46,15 @@ def widened(x: Vector, form: FloatForm) -> Vector:
     wide = select(magnitude < (1 << form.mantissa), bits_of_f32(as_f32(magnitude) * unit), normal)
     wide = select(magnitude > form.largest, splat(x, _NAN), wide)
     return f32_of_bits(wide | sign)
+
+
+@inlined
+def taken(flat: np.ndarray, form: FloatForm, i: int) -> Vector:
+    """Float32 of the 16 numbers at flat[i:], bits of any form; bfloat16 and float32 keep what is not finite."""
+    number = as_u32(load16(flat, i))
+    if form.bias != 127:
+        return widened(number, form)
+    return f32_of_bits(number << (32 - form.bits))
 
 
 @inlined

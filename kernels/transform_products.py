@@ -14,7 +14,16 @@ import numpy as np
 from llvmlite import ir
 
 from lmcache_s3.kernels.jit import kernel
-from lmcache_s3.kernels.vectors import WIDE, VectorType, _call, _indices, _inline, _signature, load16, load32, store
+from lmcache_s3.kernels.vectors import (
+    VectorType,
+    _indices,
+    _inline,
+    _paired_products,
+    _signature,
+    load16,
+    load32,
+    store,
+)
 
 _TOGETHER = 64
 """Values of vectors that are computed at once, if a vector is not longer."""
@@ -61,10 +70,10 @@ def pack(inverse: np.ndarray, vectors: int, streams: int) -> Packed:
     slices = [
         block[:, column : column + _SLICE].reshape(-1) for block in weights for column in range(0, columns, _SLICE)
     ]
-    return Packed(_aligned(np.concatenate(slices)), np.array(firsts, np.int64), len(order) // 2, together, columns)
+    return Packed(aligned(np.concatenate(slices)), np.array(firsts, np.int64), len(order) // 2, together, columns)
 
 
-def _aligned(array: np.ndarray) -> np.ndarray:
+def aligned(array: np.ndarray) -> np.ndarray:
     """A copy that begins where a cache line does: vectors that lie across two of them take twice as long to load."""
     room = np.empty(array.nbytes + _LINE, np.uint8)
     start = -room.ctypes.data % _LINE
@@ -94,15 +103,7 @@ def _products(_typing: Any, weights: Any, pair: Any) -> Any:
         first = builder.insert_element(nothing, values[1], ir.Constant(ir.IntType(32), 0))
         pairs = builder.shuffle_vector(first, nothing, _indices([0] * _LANES))
         pairs = builder.bitcast(pairs, ir.VectorType(ir.IntType(16), 2 * _LANES))
-        if WIDE:
-            return _call(builder, "llvm.x86.avx512.pmaddw.d.512", result.llvm, [values[0], pairs])
-
-        def part(vector: Any, start: int) -> Any:
-            every_other = _indices(list(range(start, 2 * _LANES, 2)))
-            return builder.sext(builder.shuffle_vector(vector, vector, every_other), result.llvm)
-
-        low, high = (builder.mul(part(values[0], i), part(pairs, i)) for i in (0, 1))
-        return builder.add(low, high)
+        return _paired_products(builder, values[0], pairs)
 
     return _signature(result, [weights, pair], generate)
 

@@ -137,15 +137,18 @@ def encode_unit(
     escape_starts: np.ndarray,
     escape_place: int,
 ) -> tuple[int, int]:
-    """Encode q[:, :count], i8 [coefficient, ≥ count + 1 tokens], after all later units; returns the new places.
+    """Encode q[:, :count], i8 [coefficient, ≥ count tokens], after all later units; returns the new places.
 
     chosen, first, n: as in `decode_unit`. states: u32 [stream, 32], updated. starts, escape_starts: int64 [stream],
-    where each of these streams now begins in `words` and `escapes`, which fill from their ends and have room for all.
+    where each of these streams now begins in `words` and `escapes`, which fill from their ends. Places of −1: one of
+    the two has less room left than `count`.
     """
     for stream in range(first + n - 1, first - 1, -1):
         coefficients = (chosen.size - (stream - first) + n - 1) // n
         for i in range(coefficients - 1, -1, -1):
             r = stream - first + i * n
+            if place < count or escape_place < count:
+                return -1, -1
             place, escape_place = encode_values(
                 q[r], count, tables, int(chosen[r]), states[stream], words, place, escapes, escape_place
             )

@@ -125,34 +125,3 @@ def decode_values(
                 else:
                     for j in range(channels):
                         flat[to + j] = bits[v * channels + j]
-
-
-@kernel
-def _turn_back(y: np.ndarray, at: int, pairs: int, rotation: Rotation, token: int) -> None:
-    angles = token * pairs
-    for j in range(pairs):
-        a = y[at + j]
-        b = y[at + pairs + j]
-        y[at + j] = a * rotation.cosine[angles + j] + b * rotation.sine[angles + j]
-        y[at + pairs + j] = b * rotation.cosine[angles + j] - a * rotation.sine[angles + j]
-
-
-@kernel
-def centre(values: np.ndarray, mean: np.ndarray, channels: int, rotation: Rotation, finite: np.ndarray) -> None:
-    """What is to be transformed of a unit's values: turned back, less their mean, in place. For encoders.
-
-    values: float32 [token · value]. rotation: of all its tokens. finite: bool [token], whether its values were.
-    """
-    width = mean.size
-    pairs = rotation.pairs
-    bits = values.view(np.uint32)
-    for token in range(finite.size):
-        start = token * width
-        largest = np.uint32(0)
-        for w in range(start, start + width):
-            largest = max(largest, bits[w] & np.uint32(0x7FFFFFFF))
-        finite[token] = largest < np.uint32(0x7F800000)
-        for vector in range(rotation.vectors):
-            _turn_back(values, start + vector * channels, pairs, rotation, token)
-        for w in range(width):
-            values[start + w] -= mean[w]

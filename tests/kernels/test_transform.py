@@ -21,7 +21,7 @@ from lmcache_s3.kernels.transform_streams import (
     whole,
 )
 from lmcache_s3.kernels.transform_turns import cos_sin
-from lmcache_s3.kernels.transform_values import Place, Rotation, centre, decode_values
+from lmcache_s3.kernels.transform_values import Place, Rotation, decode_values
 
 
 def coefficients(live: int, tokens: int, seed: int) -> np.ndarray:
@@ -101,29 +101,6 @@ def test_sums_at_their_bound_are_exact() -> None:
         np.zeros(1, np.int64), layout[0], Place(0, 0, 0, 0, 0, 1, 1),
     )  # fmt: skip
     assert (out == -2047 * 127 * 64).all()
-
-
-@pytest.mark.parametrize("rotary", [0, 6, 32])
-def test_what_is_encoded_is_turned_back_and_centred(rotary: int) -> None:
-    rng = np.random.default_rng(rotary)
-    tokens, vectors, channels, turned = 7, 4, 36, 2
-    values = rng.standard_normal((tokens, vectors, channels)).astype(np.float32)
-    mean = rng.standard_normal(vectors * channels).astype(np.float32)
-    cosine, sine = cos_sin(rng.random(rotary // 2), 5, tokens)
-    q = np.zeros((1, tokens), np.int8)
-    back = reference.decode_values(
-        np.zeros((vectors * channels, 1), np.int16), np.ones_like(mean), mean, q, cosine, sine, vectors, turned
-    )
-    values[:, turned:] += back[:, turned:]
-    values[:, :turned] = back[:, :turned]
-    values[3, 1, 2], values[5, 3, 35] = np.nan, -np.inf
-    flat, finite = values.reshape(-1).copy(), np.empty(tokens, np.bool_)
-    rotation = Rotation(cosine.reshape(-1), sine.reshape(-1), rotary // 2, turned if rotary else 0)
-    centre(flat, mean, channels, rotation, finite)
-    assert finite.tolist() == [True, True, True, False, True, False, True]
-    centred = flat.reshape(tokens, vectors, channels)
-    assert np.abs(centred[finite][:, :turned]).max() < 1e-5
-    assert (centred[finite][:, turned:] == (values - mean.reshape(vectors, channels))[finite][:, turned:]).all()
 
 
 def test_weights_lie_within_cache_lines() -> None:
