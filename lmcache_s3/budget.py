@@ -62,6 +62,11 @@ class ByteBudget:
                 key="staging_bytes",
             )
 
+    def too_small(self, n_bytes: int) -> Unavailable:
+        """The error for a piece that can never fit."""
+        text = f"a piece of {n_bytes} bytes does not fit into staging_bytes={self.total_bytes}"
+        return Unavailable(text, kind="full", key="staging_bytes")
+
     def give_back(self, n_bytes: int) -> None:
         with self._changed:
             if n_bytes > self.held_bytes:

@@ -30,7 +30,8 @@ class LoadReport:
 
     loaded_chunks: leading chunks that were delivered whole; what was delivered behind them must not be used.
     failed: (index of the chunk, its extent, why), in order; chunks behind the first one may be untried and not listed.
-    tier_bytes: stored bytes by the tier they came from. requests: GETs made.
+    tier_bytes: stored bytes by the tier they came from, also where another load fetched them. requests: GETs made for
+    this load.
     """
 
     loaded_chunks: int

@@ -6,6 +6,9 @@
 So the link is busy while cells that came before are decoded, and each cell is checked, decoded and copied in one go,
 while it is in the processor's cache. Pieces start in prompt order. A cell that cannot be had fails its chunk, never the
 load; what lies behind the first failed chunk is of no use to a prefix and is not tried any more.
+What another load fetches already is not fetched again (`in_flight`): the other's thread hands over the decoded cell.
+If the other gives up, who waits begins again, and so where the store fails it; what it fails twice, or is damaged, has
+failed for all.
 Raises nothing.
 """
 
@@ -14,9 +17,9 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -25,12 +28,13 @@ from lmcache_s3.budget import ByteBudget
 from lmcache_s3.codecs.base import CellSpec, KVCodec
 from lmcache_s3.errors import LMCacheS3Error, Missing, Unavailable, Unusable
 from lmcache_s3.handle import Work
+from lmcache_s3.in_flight import InFlight
 from lmcache_s3.loading import Codecs, LoadReport, Part, Plan, Run, Sink, cut_cell
-from lmcache_s3.range_planning import spans
+from lmcache_s3.pieces import Cells, Piece, cells_bytes, in_pieces, in_tapered_pieces, one_by_one, shares
 from lmcache_s3.reading import Filled, Reader, Step, Wanted
 from lmcache_s3.tier_stack import TierStack
 from lmcache_s3.tiers.buffers import BufferPool, rounded
-from lmcache_s3.tracebacks import without_frames
+from lmcache_s3.tracebacks import with_note, without_frames
 from lmcache_s3.types import Buffer, CellRef, ChunkRef, Geometry
 
 OnFetched: TypeAlias = Callable[[list[tuple[CellRef, Buffer]], int], None]
@@ -41,19 +45,25 @@ _TASK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Cells of one shard that are fetched together. start, n_bytes: where they lie in the object, gaps included."""
+class Fetched:
+    """A good cell: its stored bytes, and what they decode to; None where nobody wants that."""
 
-    parts: tuple[Part, ...]
-    spec: CellSpec
-    codec: str
-    cell_bytes: int
-    start: int
-    n_bytes: int
+    data: Buffer
+    decoded: np.ndarray | None
 
-    @property
-    def first_chunk(self) -> int:
-        return self.parts[0].chunk
+
+Outcome: TypeAlias = Fetched | LMCacheS3Error | None
+"""Of fetching a cell; None: given up."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    """A part that another load fetches. again: after the store failed one who did."""
+
+    load: Load
+    run: Run
+    part: Part
+    again: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +81,7 @@ class Means:
     n_workers: int
     step: Step
     most_piece_bytes: int
+    in_flight: InFlight[Waiting] = field(default_factory=InFlight)
 
 
 class Load:
@@ -93,53 +104,46 @@ class Load:
         self._first_failed = min(plan.failed, default=len(chunks))
         self._tier_bytes: Counter[str] = Counter()
         self._requests = 0
-        self._pieces_left = 0
-        self._runs = plan.runs
-        self.work: Work[LoadReport] = Work(
-            sum(part.cell.length for run in plan.runs for part in run.parts), self._cut_short
-        )
+        self._left = 0
+        """Pieces, and cells that another load fetches."""
+        self._waiting: set[Waiting] = set()
+        self._plan: Cells = [(run, run.parts) for run in plan.runs]
+        self._is_prefetch = sink is None
+        self._name = object()  # as the owner of what is in flight: unlike this load it holds no buffers
+        self.work: Work[LoadReport] = Work(cells_bytes(self._plan), self._cut_short)
+        self.work.handle.add_done_callback(functools.partial(_give_up, means, self._name))
 
     def start(self) -> None:
         """Cut what is wanted into pieces and hand them to the threads. Does not block."""
-        local, remote = self._pieces()
-        self._pieces_left = len(local) + len(remote)
-        if not self._pieces_left:
-            self.work.finish(self._report())
-        for piece in local:
-            self._start_local(piece)
-        for piece in remote:
-            self._read(piece)
+        with self._lock:
+            self._left += 1
+        self._begin(self._plan)
+        self._one_less()
 
-    # --- cutting
-
-    def _pieces(self) -> tuple[list[Piece], list[Piece]]:
-        """(from tiers before the bucket, from the bucket), each in prompt order."""
+    def _begin(self, cells: Cells, *, again: bool = False) -> None:
+        """Take each cell from where it is to be had now. again: after the store failed who fetched them."""
         means, last = self._means, len(self._means.stack.tiers)
         near: list[tuple[Run, list[Part]]] = []
         far: list[tuple[Run, list[Part]]] = []
-        for run in self._runs:
-            levels = means.stack.levels([part.cell for part in run.parts])
-            near.append((run, [part for part, level in zip(run.parts, levels, strict=True) if level < last]))
-            far.append((run, [part for part, level in zip(run.parts, levels, strict=True) if level == last]))
-        load_bytes = sum(part.cell.length for _, parts in far for part in parts)
-        piece_bytes = means.reader.piece_bytes(load_bytes, means.most_piece_bytes)
-        # Few pieces stay few: they end together anyway.
-        tail = len(self._chunks)
-        if load_bytes > 4 * piece_bytes:
-            tail = _last_quarter([part for _, parts in far for part in parts])
-        remote = [
-            piece
-            for run, parts in far
-            for some, size in _tapered(parts, tail, piece_bytes)
-            for piece in _cut(run, some, size, means.reader.gap_bytes)
-        ]
-        near_bytes = sum(part.cell.length for _, parts in near for part in parts)
-        share = max(_TASK_BYTES, near_bytes // (4 * means.n_workers))
-        local = [p for run, parts in near for p in _cut(run, parts, min(share, means.most_piece_bytes), 0)]
-        return sorted(local, key=lambda p: p.first_chunk), sorted(remote, key=lambda p: p.first_chunk)
+        for run, parts in cells:
+            levels = means.stack.levels([part.cell for part in parts])
+            near.append((run, [part for part, level in zip(parts, levels, strict=True) if level < last]))
+            far.append((run, [part for part, level in zip(parts, levels, strict=True) if level == last]))
+        share = max(_TASK_BYTES, cells_bytes(near) // (4 * means.n_workers))
+        local = in_pieces(near, min(share, means.most_piece_bytes), 0)
+        with self._lock:
+            self._left += len(local)
+        for piece in local:
+            self._start_local(piece)
+        far = self._to_fetch(far, again=again)
+        piece_bytes = means.reader.piece_bytes(cells_bytes(far), means.most_piece_bytes)
+        self._fetch(in_tapered_pieces(far, piece_bytes, means.reader.gap_bytes))
 
     def _given_up(self, piece: Piece) -> bool:
-        return self.work.over or piece.first_chunk > self._first_failed
+        return self._is_needless(piece.first_chunk)
+
+    def _is_needless(self, chunk: int) -> bool:
+        return self.work.over or chunk > self._first_failed
 
     # --- from the tiers before the bucket
 
@@ -159,8 +163,9 @@ class Load:
                 finally:
                     means.budget.give_back(n_bytes)
             elif not self._given_up(piece):
-                self._fail(piece.parts, self._too_large(n_bytes))
-        self._more([one for part in rest for one in _cut_piece(piece, [part])])
+                self._fail(piece.parts, means.budget.too_small(n_bytes))
+        for run, parts in self._to_fetch([(piece.run, rest)]):
+            self._fetch(one_by_one(run, parts))
         self._one_less()
 
     def _through_tiers(self, piece: Piece, codec: KVCodec) -> list[Part]:
@@ -170,13 +175,38 @@ class Load:
         for part, one, level in zip(piece.parts, data, levels, strict=True):
             if one is None:
                 rest.append(part)
-            elif self._take(part, one, level, piece.spec, codec):
+            elif isinstance(self._take(part, one, level, piece.spec, codec), Fetched):
                 got.setdefault(level, []).append((part.cell, one))
         for level in sorted(set(got) - {0}):
             self._on_fetched(got[level], level)
         return rest
 
     # --- from the bucket
+
+    def _to_fetch(self, cells: Cells, *, again: bool = False) -> list[tuple[Run, list[Part]]]:
+        """Those that no other load fetches; this one waits for the others."""
+        means = self._means
+        ours: list[tuple[Run, list[Part]]] = []
+        with self._lock:
+            for run, parts in cells:
+                ours.append((run, []))
+                for part in parts:
+                    waiting = Waiting(self, run, part, again)
+                    if means.in_flight.fetch_or_wait(self._name, _cell(part), waiting, prefetch=self._is_prefetch):
+                        ours[-1][1].append(part)
+                    else:
+                        self._waiting.add(waiting)
+                        self._left += 1
+        if self.work.over:  # perhaps before we came: nobody would give up again
+            _give_up(means, self._name)
+        return ours
+
+    def _fetch(self, pieces: Sequence[Piece]) -> None:
+        """Read these, which nobody else does."""
+        with self._lock:
+            self._left += len(pieces)
+        for piece in pieces:
+            self._read(piece)
 
     def _read(self, piece: Piece) -> None:
         codec = self._means.codecs.find(piece.codec)
@@ -194,13 +224,14 @@ class Load:
                 lambda: self._given_up(piece),
                 self._asked,
                 done,
-                later=self._sink is None,
+                later=self._is_prefetch,
+                superseded=lambda: self._is_prefetch and self._means.in_flight.for_loads([*map(_cell, piece.parts)]),
             )
         )
 
     def _was_read(self, piece: Piece, codec: KVCodec, outcome: Filled | LMCacheS3Error | None) -> None:
         if isinstance(outcome, Filled):
-            tasks = _shares(piece, self._tasks(piece, codec))
+            tasks = shares(piece, self._tasks(piece, codec))
             process = _Processing(self, piece, codec, outcome, len(tasks))
             for task in tasks:
                 if not self._means.step(
@@ -211,9 +242,14 @@ class Load:
             return
         if isinstance(outcome, Unusable) and not isinstance(outcome, Missing) and len(piece.parts) > 1:
             # Too short an object for all of them, perhaps not for the first.
-            self._more([one for part in piece.parts for one in _cut_piece(piece, [part])])
+            self._fetch(one_by_one(piece.run, piece.parts))
         elif outcome is not None:
             self._fail(piece.parts, outcome)
+            self._land(piece.parts, outcome)
+        else:
+            self._land(piece.parts, None)
+            if not self._given_up(piece):  # loads fetch all that this prefetch would have
+                self._begin([(piece.run, piece.parts)])
         self._one_less()
 
     def _processed(self, good: list[tuple[CellRef, Buffer]]) -> None:
@@ -238,22 +274,25 @@ class Load:
         each = self._decoded_bytes(piece, codec)
         return tasks if not each else max(1, min(tasks, (means.budget.total_bytes // 4 - piece.n_bytes) // each))
 
-    def _take(self, part: Part, data: Buffer, level: int, spec: CellSpec, codec: KVCodec) -> bool:
-        """Decode and deliver one verified cell; whether its bytes are good."""
+    def _take(self, part: Part, data: Buffer, level: int, spec: CellSpec, codec: KVCodec) -> Fetched | LMCacheS3Error:
+        """Decode and deliver one verified cell, or say why not."""
         with self._lock:
             self._tier_bytes[self._means.stack.name(level)] += part.cell.length
         try:
-            out = self._decoded(codec, data, spec, part)
+            decoded = self._decoded(codec, data, spec, part)
         except Unavailable as e:  # the store that should have given the cell's calibration
             self._fail([part], e)
-            return False
+            return e
         except Unusable as e:
             self._means.stack.discard([part.cell])
             self._fail([part], e)
-            return False
+            return e
+        self._hand_over(part, decoded)
+        return Fetched(data, decoded)
+
+    def _hand_over(self, part: Part, decoded: np.ndarray | None) -> bool:
         # No closure: a traceback through one would keep the memory.
-        self.work.deliver(functools.partial(self._deliver, part, out), part.cell.length)
-        return True
+        return self.work.deliver(functools.partial(self._deliver, part, decoded), part.cell.length)
 
     def _decoded(self, codec: KVCodec, data: Buffer, spec: CellSpec, part: Part) -> np.ndarray | None:
         """The cell; None where nobody wants it decoded."""
@@ -281,13 +320,63 @@ class Load:
             for part in parts:
                 self._failed.setdefault(part.chunk, (part.cell.extent, error))
                 self._first_failed = min(self._first_failed, part.chunk)
+            needless = [one for one in self._waiting if self._is_needless(one.part.chunk)]
+            self._waiting.difference_update(needless)
+            self._left -= len(needless)  # not the last: what failed is counted, too
 
-    def _too_large(self, n_bytes: int) -> LMCacheS3Error:
-        return Unavailable(
-            f"a piece of {n_bytes} bytes does not fit into staging_bytes={self._means.budget.total_bytes}",
-            kind="full",
-            key="staging_bytes",
-        )
+    # --- cells that one load fetches and others want
+
+    def _land(self, parts: Sequence[Part], outcome: Outcome) -> None:
+        """What this load had to fetch: tell who waits."""
+        in_flight = self._means.in_flight
+        waiting = [
+            one for part in parts for one in in_flight.landed(self._name, _cell(part), prefetch=self._is_prefetch)
+        ]
+        _tell(self._means, waiting, outcome)
+
+    def told(self, waiting: Sequence[Waiting], outcome: Outcome) -> None:
+        """What became of cells that this load waits for. A cell is handed over before this returns."""
+        with self._lock:
+            waiting = [one for one in waiting if one in self._waiting]
+            self._waiting.difference_update(waiting)
+        if isinstance(outcome, Fetched):
+            for one in waiting:
+                self._share(one.part, outcome)
+        elif outcome is None:
+            self._begin_again(waiting)
+        else:
+            last = not isinstance(outcome, Unavailable)
+            self._fail([one.part for one in waiting if last or one.again], outcome)
+            self._begin_again([one for one in waiting if not (last or one.again)], again=True)
+        for _ in waiting:
+            self._one_less()
+
+    def _begin_again(self, waiting: Sequence[Waiting], *, again: bool = False) -> None:
+        by_run: dict[tuple[int, bool], list[Waiting]] = {}
+        for one in waiting:
+            if not self._is_needless(one.part.chunk):
+                by_run.setdefault((id(one.run), again or one.again), []).append(one)
+        for (_, failed_once), some in by_run.items():
+            parts = sorted((one.part for one in some), key=lambda part: part.cell.position)
+            self._begin([(some[0].run, parts)], again=failed_once)
+
+    def _share(self, part: Part, fetched: Fetched) -> None:
+        means = self._means
+        if not self._hand_over(part, fetched.decoded):
+            return
+        means.reader.metrics.add("shared_cells")
+        means.reader.metrics.add("shared_bytes", part.cell.length)
+        with self._lock:
+            self._tier_bytes[means.stack.bucket.name] += part.cell.length
+            self._left += self._is_prefetch
+        if self._is_prefetch:  # a load's cells are promoted by who fetched them
+            keep = functools.partial(self._keep_shared, part, fetched.data)
+            means.step(lambda: means.workers.submit(keep), self.work)
+
+    def _keep_shared(self, part: Part, data: Buffer) -> None:
+        if not self.work.over:
+            self._on_fetched([(part.cell, data)], len(self._means.stack.tiers))
+        self._one_less()
 
     # --- counting
 
@@ -295,17 +384,10 @@ class Load:
         with self._lock:
             self._requests += 1
 
-    def _more(self, pieces: Sequence[Piece]) -> None:
-        """Read these too, from the bucket."""
-        with self._lock:
-            self._pieces_left += len(pieces)
-        for piece in pieces:
-            self._read(piece)
-
     def _one_less(self) -> None:
         with self._lock:
-            self._pieces_left -= 1
-            last = self._pieces_left == 0
+            self._left -= 1
+            last = self._left == 0
         if last:
             self.work.finish(self._report())
 
@@ -360,8 +442,11 @@ class _Processing:
             stack.bucket.checked(part.cell, data)
         except Unusable as e:
             load._fail([part], e)
+            load._land([part], e)
             return
-        if load._take(part, data, len(stack.tiers), self._piece.spec, self._codec):
+        outcome = load._take(part, data, len(stack.tiers), self._piece.spec, self._codec)
+        load._land([part], outcome)
+        if isinstance(outcome, Fetched):
             with self._lock:
                 self._good.append((part.cell, data))
 
@@ -378,36 +463,34 @@ class _Processing:
                 self._load._processed(good)
 
 
-def _last_quarter(parts: Sequence[Part]) -> int:
-    """The chunk with which the last quarter of a load's bytes begins."""
-    left = sum(part.cell.length for part in parts) // 4
-    for part in sorted(parts, key=lambda part: -part.chunk):
-        left -= part.cell.length
-        if left < 0:
-            return part.chunk + 1
-    return 0
+def _cell(part: Part) -> Hashable:
+    """What must be equal for one load to take what another fetched: where it lies, and what it should be."""
+    return part.cell, part.position
 
 
-def _tapered(parts: Sequence[Part], tail_chunk: int, piece_bytes: int) -> Iterator[tuple[Sequence[Part], int]]:
-    """Cells, and how large their pieces may be: smaller at the end, so that little is left to decode after the last."""
-    head = [part for part in parts if part.chunk < tail_chunk]
-    tail = [part for part in parts if part.chunk >= tail_chunk]
-    yield head, piece_bytes
-    yield tail, max(1, piece_bytes // 2)
+def _give_up(means: Means, owner: Hashable, _: object = None) -> None:
+    """Nothing is fetched for this owner any more. Others begin again in a thread for that: this may be anybody's."""
+    waiting = means.in_flight.gave_up(owner)
+    if waiting:
+        means.step(lambda: means.workers.submit(_tell, means, waiting, None), None)
 
 
-def _cut(run: Run, parts: Sequence[Part], piece_bytes: int, gap_bytes: int) -> Iterator[Piece]:
-    places = [(part.cell.offset, part.cell.length) for part in parts]
-    for span in spans(places, most_bytes=piece_bytes, gap_bytes=gap_bytes) if places else ():
-        chosen = tuple(parts[span.first : span.stop])
-        yield Piece(chosen, run.spec, run.codec, run.cell_bytes, span.start, span.n_bytes)
+def _tell(means: Means, waiting: Sequence[Waiting], outcome: Outcome) -> None:
+    """Here and now, for a cell lies in memory of who fetched it; and one load right after the other, so that of those
+    who begin again one fetches and the others wait."""
+    by_load: dict[Load, list[Waiting]] = {}
+    for one in waiting:
+        by_load.setdefault(one.load, []).append(one)
+    for load, some in by_load.items():
+        means.step(functools.partial(_at_once, load.told, some, outcome), load.work)
 
 
-def _cut_piece(piece: Piece, parts: Sequence[Part]) -> Iterator[Piece]:
-    return _cut(Run(piece.parts, piece.spec, piece.codec, piece.cell_bytes), parts, 1, 0)
-
-
-def _shares(piece: Piece, tasks: int) -> list[Sequence[Part]]:
-    """The cells of a piece in so many about equal tasks."""
-    n = len(piece.parts)
-    return [piece.parts[n * i // tasks : n * (i + 1) // tasks] for i in range(tasks)]
+def _at_once(call: Callable[..., None], *arguments: object) -> Future[None]:
+    future: Future[None] = Future()
+    try:
+        call(*arguments)
+    except BaseException as e:  # noqa: BLE001 - another load's affair, and handed to it
+        future.set_exception(with_note(e))
+    else:
+        future.set_result(None)
+    return future

@@ -22,7 +22,7 @@ import numpy as np
 
 from lmcache_s3.alarms import Alarms
 from lmcache_s3.budget import ByteBudget
-from lmcache_s3.errors import LMCacheS3Error, Unavailable
+from lmcache_s3.errors import LMCacheS3Error
 from lmcache_s3.handle import Work
 from lmcache_s3.hedging import Hedging
 from lmcache_s3.lane import Lane, Slot
@@ -54,7 +54,8 @@ class Wanted:
     """What to read: bytes [start, start + n_bytes) of the object that holds `cell`, and extra_bytes of the budget.
 
     given_up: nobody wants it any more. asked: told of each request. done: gets the outcome, once; None: given up.
-    later: nobody waits for it (a prefetch), so all others go first.
+    later: nobody waits for it (a prefetch), so all others go first. superseded: asked once, when its turn has come;
+    True: others read all of it, so it is given up.
     """
 
     cell: CellRef
@@ -66,6 +67,7 @@ class Wanted:
     asked: Callable[[], None]
     done: Callable[[Filled | LMCacheS3Error | None], None]
     later: bool = False
+    superseded: Callable[[], bool] = lambda: False
 
 
 class Reader:
@@ -158,8 +160,11 @@ class _Read:
         room."""
         wanted, reader = self._wanted, self._reader
         size = rounded(wanted.n_bytes) + wanted.extra_bytes
+        if wanted.superseded():
+            wanted.done(None)
+            return
         if wanted.given_up() or not reader.budget.wait(size, wanted.given_up):
-            wanted.done(None if wanted.given_up() else self._too_large(size))
+            wanted.done(None if wanted.given_up() else reader.budget.too_small(size))
             return
         try:
             self._buffers.append(reader.buffer(wanted.n_bytes))
@@ -262,10 +267,3 @@ class _Read:
         del filled
         self._reader.budget.give_back(wanted.extra_bytes)
         wanted.done(error)
-
-    def _too_large(self, n_bytes: int) -> LMCacheS3Error:
-        return Unavailable(
-            f"a piece of {n_bytes} bytes does not fit into staging_bytes={self._reader.budget.total_bytes}",
-            kind="full",
-            key="staging_bytes",
-        )

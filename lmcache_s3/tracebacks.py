@@ -27,6 +27,13 @@ def without_locals(error: E) -> E:
     return error
 
 
+def with_note(error: E) -> E:
+    """The same error without tracebacks, and what they said as a note: for bugs of one load in another one's thread.
+    Frames lead to their callers, which have not ended yet and hold the other load's memory."""
+    error.add_note("".join(traceback.format_exception(error)))
+    return without_frames(error)
+
+
 def _chain(error: BaseException) -> Iterator[BaseException]:
     seen: set[int] = set()
     left: list[BaseException | None] = [error]
