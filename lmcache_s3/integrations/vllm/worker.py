@@ -210,9 +210,6 @@ class WorkerRole:
         if blocks is None or space_id is None:
             self._failed_at_once.add(order.request_id)
             return
-        prefetch = self._prefetches.pop(order.request_id, None)
-        if prefetch is not None:  # what it has brought stays; the load must not wait for the rest
-            prefetch.cancel()
         chunk_tokens = self._geometry.chunk_tokens
         begun = blocks.mark()
 
@@ -226,6 +223,9 @@ class WorkerRole:
             order.chunks, sink, layers=blocks.layers, heads=blocks.heads, deadline_s=self._settings.load_deadline_s
         )
         self._loads[order.request_id] = (order, handle)
+        prefetch = self._prefetches.pop(order.request_id, None)
+        if prefetch is not None:  # what it has brought stays; who waits for the rest of it now waits for the load
+            prefetch.cancel()
 
     def take_finished(self) -> tuple[set[str], set[str]]:
         """(requests whose load ended, those of them that failed) since the last call; does not block."""
