@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
@@ -75,14 +76,19 @@ class ExtentArray:
 def open_extent(url: str, *, storage_options: Mapping[str, Any] | None = None) -> ExtentArray:
     """Open an extent by the URL of its array: `file://`, `s3://` (extra `s3`), `memory://` or a plain path.
 
-    storage_options: fsspec's. Reads zarr.json and asks once per shard whether it is there. Extents of codec `transform`
-    find their calibrations in the cache that they lie in.
+    storage_options: fsspec's; None: what the settings in environment and file say, as `Cache.open` has them. Reads
+    zarr.json and asks once per shard whether it is there. Extents of codec `transform` find their calibrations in the
+    cache that they lie in.
     """
     import zarr
     from zarr.core.sync import sync
 
+    from lmcache_s3.config import load_settings  # as much as zarr: only where it is needed
+
     with _our_errors(url):
-        options = dict(storage_options) if storage_options is not None else None
+        if storage_options is None:
+            storage_options = load_settings(url=url).store_options().for_fsspec(url)
+        options = dict(storage_options) or None
         array = zarr.open_array(url, mode="r", zarr_format=3, storage_options=options)
         attributes = array.attrs.get("lmcache_s3")
         kv_dtype = attributes.get("kv_dtype") if isinstance(attributes, dict) else None
@@ -121,6 +127,15 @@ def _shard_keys(array: zarr.Array) -> Iterator[str]:
         yield "/".join(("c", *map(str, place)))
 
 
+def _s3_errors() -> tuple[type[Exception], ...]:
+    """What s3fs lets through of botocore's, which has been imported if that is what failed."""
+    if "botocore" not in sys.modules:
+        return ()
+    from lmcache_s3.tiers.stores.s3_errors import CLIENT_ERRORS
+
+    return CLIENT_ERRORS
+
+
 @contextmanager
 def _our_errors(url: str) -> Iterator[None]:
     """zarr's and fsspec's errors as ours, by type."""
@@ -133,7 +148,13 @@ def _our_errors(url: str) -> Iterator[None]:
     except IndexError:
         raise
     except ImportError as error:
-        raise Invalid(f"{url} needs the package {error.name or error}", kind="url", key=url) from error
+        mend = "pip install 'lmcache-s3[s3]'" if url.startswith("s3://") else error.name or error
+        raise Invalid(f"{url} cannot be read by fsspec: a package is missing: {mend}", kind="url", key=url) from error
+    except _s3_errors() as error:
+        from lmcache_s3.tiers.stores.s3_errors import mapped
+
+        bucket = url.removeprefix("s3://").partition("/")[0]
+        raise mapped(error, where=url, bucket=bucket, endpoint="the store", key=url) from error
     except (ValueError, KeyError, TypeError) as error:
         raise Unusable(f"{url} cannot be read as an extent: {error}", kind="payload", key=url) from error
     except PermissionError as error:

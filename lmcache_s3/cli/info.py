@@ -95,9 +95,15 @@ def _show_extent(cli: Cli, space: Space, live: LiveExtent) -> None:
         "encoded_bytes": f"{size_text(record.encoded_bytes)} (raw ÷ stored: {ratio:.2f})",
         "hashes": "\n".join(facts["hashes"]),
         "shards": "\n".join(facts["shards"]),
-        "read it with": f'lmcache_s3.open_extent("{url}")',
+        "read it with": f'lmcache_s3.open_extent("{url}"{_options_text(cli, url)})',
     }
     cli.emit(facts, _fact_table(shown))
+
+
+def _options_text(cli: Cli, url: str) -> str:
+    """What the command line said of the store, as an argument; what environment and file say is found again."""
+    options = cli.settings.store_options().for_fsspec(url) if cli.given else {}
+    return f", storage_options={options}" if options else ""
 
 
 def _fact_table(facts: dict[str, Any]) -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import boto3
@@ -25,10 +27,11 @@ from lmcache_s3.codecs.base import CellPosition, CellSpec
 from lmcache_s3.codecs.dtypes import TRUE_DTYPE
 from lmcache_s3.codecs.registry import CODEC_IDS, make_codec
 from lmcache_s3.codecs.zarr_ import SafetensorsZarr
-from lmcache_s3.errors import Invalid, LMCacheS3Error, Missing, Unusable
+from lmcache_s3.errors import Invalid, LMCacheS3Error, Missing, Unavailable, Unusable
 from lmcache_s3.extent import open_extent
 from lmcache_s3.testing.calibrations import model_encoder
 from lmcache_s3.testing.extents import MadeExtent, make_extent, random_bits
+from lmcache_s3.tiers.stores.open import open_store
 from lmcache_s3.types import STORAGE_DTYPE, Geometry, Grid, KVDtype
 
 GRIDS = [Grid(stages, groups) for stages in (1, 2) for groups in (1, 2, 4)]
@@ -257,6 +260,25 @@ class TestOpenExtent:
             open_extent(bucket_url)
         with pytest.raises(Missing):
             open_extent(bucket_url + "/nowhere")
+
+    @pytest.mark.s3
+    def test_the_settings_say_where_the_server_is(self, bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        made = make_extent(make_codec("fast"), geometry("bfloat16"), Grid(), 2)
+        with closing(open_store(bucket_url)) as store:
+            for path, data in made.objects.items():
+                store.put(path, data)
+        endpoint_url = os.environ["AWS_ENDPOINT_URL"]
+        nobody, once = "http://127.0.0.1:1", {"retries": {"total_max_attempts": 1}}
+        monkeypatch.setenv("AWS_ENDPOINT_URL", nobody)
+        with pytest.raises(Unavailable, match="cannot connect to the store"):
+            open_extent(bucket_url, storage_options={"endpoint_url": nobody, "config_kwargs": once})
+        monkeypatch.setenv("LMCACHE_S3_ENDPOINT_URL", endpoint_url)
+        monkeypatch.setenv("LMCACHE_S3_REGION", "us-east-1")
+        assert open_extent(bucket_url)[...].tobytes() == made.bits.tobytes()
+        monkeypatch.delenv("LMCACHE_S3_ENDPOINT_URL")
+        assert open_extent(bucket_url, storage_options={"endpoint_url": endpoint_url}).shape == made.bits.shape
+        with pytest.raises(Invalid):
+            open_extent(bucket_url, storage_options={"endpoint_url": endpoint_url, "key": "nobody", "secret": "x"})
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(Missing):

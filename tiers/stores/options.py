@@ -30,3 +30,18 @@ class StoreOptions:
     request_timeout_s: float = 30.0
     max_connections: int = 16
     requester_pays: bool = False
+
+    def for_fsspec(self, url: str) -> dict[str, Any]:
+        """The same in the words of the fsspec file system that reads `url`; nothing for local paths."""
+        if not url.startswith("s3://"):
+            return dict(self.storage_options) if "://" in url and not url.startswith("file://") else {}
+        client = {"region_name": self.region, "verify": self.ca_bundle}
+        style = None if self.addressing_style == "auto" else {"s3": {"addressing_style": self.addressing_style}}
+        made = {
+            "endpoint_url": self.endpoint_url,
+            "profile": self.profile,
+            "requester_pays": self.requester_pays or None,
+            "client_kwargs": {name: value for name, value in client.items() if value is not None} or None,
+            "config_kwargs": style,
+        }
+        return {name: value for name, value in made.items() if value is not None}

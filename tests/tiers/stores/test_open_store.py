@@ -92,6 +92,22 @@ def test_bad_options_are_refused_at_start(options: StoreOptions, key: str | None
     assert "\n" not in str(e.value)
 
 
+def test_options_in_the_words_of_fsspec() -> None:
+    options = StoreOptions(
+        endpoint_url="http://h:1", region="eu", addressing_style="path", ca_bundle="/ca.pem", profile="p",
+        requester_pays=True, storage_options={"token": "anon"},
+    )  # fmt: skip
+    assert options.for_fsspec("s3://bucket/x") == {
+        "endpoint_url": "http://h:1",
+        "profile": "p",
+        "requester_pays": True,
+        "client_kwargs": {"region_name": "eu", "verify": "/ca.pem"},
+        "config_kwargs": {"s3": {"addressing_style": "path"}},
+    }
+    assert options.for_fsspec("gs://bucket/x") == {"token": "anon"}
+    assert options.for_fsspec("file:///x") == options.for_fsspec("/x") == StoreOptions().for_fsspec("s3://b/x") == {}
+
+
 def test_unknown_storage_options_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Invalid, match="storage_options"):
         open_store("zip://x", options=StoreOptions(storage_options={"parrots": 12}))
