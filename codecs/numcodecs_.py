@@ -59,6 +59,9 @@ class NumcodecsKVCodec(Codec):
             raise Invalid(f"codec {cls.codec_id} needs kv_dtype and shape in its configuration", kind="argument")
         return cls(**settings)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.get_config()})"
+
     def get_config(self) -> dict[str, JSON]:
         of_chunk: dict[str, JSON] = {"kv_dtype": self._spec.kv_dtype, "shape": list(self._shape)}
         return {"id": self.codec_id, **of_chunk, **self._codec.config}

@@ -49,8 +49,7 @@ def spaces(url: str | None = None, **settings: Any) -> pd.DataFrame:
 def extents(url: str | None = None, space_id: str | None = None, **settings: Any) -> pd.DataFrame:
     """One row per live extent, oldest first. created, last_access: versions; created_at: the store's time, if its
     version is still there. url: for `lmcache_s3.open_extent` or, codec permitting, `zarr.open_array`."""
-    import pandas as pd
-
+    pd = _pandas()
     rows = []
     with _opened(url, settings) as store:
         for space, live in _live(store, space_id):
@@ -107,12 +106,16 @@ def chunks(url: str | None = None, space_id: str | None = None, **settings: Any)
     return _frame(rows, ["space", "prefix_hash", "extent", "position", "first_token", "tokens", "encoded_bytes"])
 
 
-def _frame(rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
+def _pandas() -> Any:
     try:
-        import pandas as pd
+        import pandas
     except ModuleNotFoundError as e:
         raise Invalid("pandas is missing: pip install 'lmcache-s3[analysis]'", kind="argument") from e
-    return pd.DataFrame(rows, columns=columns)
+    return pandas
+
+
+def _frame(rows: list[dict[str, Any]], columns: list[str]) -> pd.DataFrame:
+    return _pandas().DataFrame(rows, columns=columns)
 
 
 @contextmanager

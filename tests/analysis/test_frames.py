@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,13 @@ def test_an_empty_root_gives_empty_tables_with_their_columns(url: str) -> None:
     assert list(chunks(url).columns)[:2] == ["space", "prefix_hash"]
     with pytest.raises(Invalid, match="no space of that id"):
         extents(url, "ab")
+
+
+@pytest.mark.parametrize("table", [spaces, extents, chunks])
+def test_without_pandas(url: str, table: Callable[[str], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(Invalid, match="pandas is missing: pip install"):
+        table(url)
 
 
 def test_the_url_comes_from_the_environment(url: str, monkeypatch: pytest.MonkeyPatch) -> None:

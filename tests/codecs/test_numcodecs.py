@@ -36,6 +36,11 @@ def inner(codec_id: str, kv_dtype: str) -> KVCodec:
     return encoder(codec_id, CellSpec(SHAPE, cast(KVDtype, kv_dtype)), NOWHERE)
 
 
+def test_it_shows_its_configuration() -> None:
+    shown = repr(numcodecs.get_codec(config("cachegen")))
+    assert shown.startswith("CachegenNumcodec({'id': 'lmcache_s3.cachegen', 'kv_dtype': 'bfloat16', 'shape': [2, 2, 16")
+
+
 def test_every_codec_is_registered() -> None:
     entries = {e.name: e for e in importlib.metadata.entry_points(group="numcodecs.codecs") if "lmcache" in e.value}
     assert set(entries) == {f"lmcache_s3.{id}" for id in CODEC_IDS}
