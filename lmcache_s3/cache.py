@@ -159,7 +159,7 @@ class Cache:
         if not settings.read_only and fidelity != space.fidelity:
             raise Invalid(
                 f"codec={settings.codec} writes spaces of fidelity {fidelity!r}, this one is {space.fidelity!r}: "
-                "choose another codec, or Space(…, fidelity=…)",
+                f"choose another codec, or Space(…, fidelity={fidelity!r})",
                 kind="setting",
                 key="codec",
             )

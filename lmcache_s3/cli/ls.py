@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ from lmcache_s3.errors import Invalid
 from lmcache_s3.index import history
 from lmcache_s3.index.manifest import LiveExtent
 from lmcache_s3.types import extent_prefix
+
+_BELOW = re.compile(r"(.+?)/(?:spaces|calibrations)/")
 
 
 def ls(
@@ -43,7 +46,14 @@ def ls(
     elif spaces:
         cli.emit(document, _space_table(spaces))
     else:
-        cli.emit(document, f"{cli.store.url}: nothing cached yet")
+        cli.emit(document, f"{cli.store.url}: nothing cached yet{_below(cli)}")
+
+
+def _below(cli: Cli) -> str:
+    """Whether somebody forgot the prefix: then a cache lies below."""
+    first = next((info.key for info in cli.store.list("", limit=1)), "")
+    match = _BELOW.match(first)
+    return "" if match is None else f"; there is a cache below, {cli.store.url.rstrip('/')}/{match[1]}"
 
 
 def _summary(cli: Cli, entry: FoundSpace, as_of: str | None) -> tuple[dict[str, Any], list[LiveExtent]]:

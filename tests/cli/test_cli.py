@@ -65,6 +65,11 @@ def test_nothing_cached_yet(cli: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_a_prefix_that_was_forgotten(cli: Run, cache: Any) -> None:
+    out = cli("ls", f"file://{cache.path.parent}").out.replace("\n", "")
+    assert f"nothing cached yet; there is a cache below, {cache.url}" in out
+
+
 def test_info(cli: Run, cache: Any) -> None:
     facts = cli("info", cache.url, cache.exact.id[:8], "--json").json
     assert facts["weights"] == "ab" * 32
