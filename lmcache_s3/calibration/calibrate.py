@@ -21,7 +21,7 @@ from lmcache_s3.calibration.fit import Box, Vectors
 from lmcache_s3.calibration.levels import MARGIN, TARGETS, Fitted, Judge, find_step, units_of
 from lmcache_s3.calibration.rotary import turns_of
 from lmcache_s3.calibration.samples import Sample, Samples, prompts_of
-from lmcache_s3.codecs.calibration import Calibration, Level
+from lmcache_s3.codecs.calibration import MAX_FILE_BYTES, Calibration, Level
 from lmcache_s3.errors import Invalid
 from lmcache_s3.quality.model import LayerGroup, Model
 from lmcache_s3.quality.texts import Document, digest
@@ -30,6 +30,8 @@ _SET_ASIDE = 6
 _FIRST_STEP = 0.002
 WIDEST = 6144
 """Values a token that a unit transforms by default; its covariance takes 300 MB, its part of the file about 60 MB."""
+_FILE_BYTES = 2.4
+"""Of a file, for each of a token's values and each of the unit's: 4, but half of the coefficients are not coded."""
 _STEP_PER_KL = 0.5
 
 
@@ -37,7 +39,8 @@ _STEP_PER_KL = 0.5
 class Cut:
     """How cells, and units within them, divide a group. A unit is K and V of some layers of a cell, and all its heads.
 
-    unit_layers: layers transformed as one, at most those of a cell; None: as many as keep units within `WIDEST` values.
+    unit_layers: layers transformed as one, at most those of a cell; None: as many as keep units within `WIDEST` values
+    and the file within what is read.
     stages, head_groups: the grid of cells (pipeline stages × groups of heads); a unit stays within a cell.
     """
 
@@ -55,7 +58,8 @@ class Cut:
                 key="stages",
             )
         in_cell, width = layers // self.stages, heads // self.head_groups
-        most = self.unit_layers or max(1, WIDEST // (kv * width * group.group.head_dim))
+        widest = min(WIDEST, int(MAX_FILE_BYTES / (_FILE_BYTES * kv * layers * heads * group.group.head_dim)))
+        most = self.unit_layers or max(1, widest // (kv * width * group.group.head_dim))
         # as even as can be: 30 layers in units of at most 16 are two of 15
         n_units = -(-in_cell // min(most, in_cell))
         edges = [round(i * in_cell / n_units) for i in range(n_units + 1)]
@@ -119,7 +123,10 @@ class Calibrating:
 
     def _fitted(self, group: int, used: Sequence[Sample], boxes: Sequence[Box]) -> Fitted:
         tokens = sum(one.kv[group].shape[2] for one in used)
-        fisher = np.sum([one.fisher[group] for one in used], axis=0) / tokens
+        fisher = np.zeros_like(used[0].fisher[group])
+        for one in used:  # one at a time: all prompts' matrices of a large model are gigabytes
+            fisher += one.fisher[group]
+        fisher /= tokens
         transforms = []
         for box in boxes:
             vectors = Vectors([one.kv[group] for one in used], self._model.kv_dtype, self._turns[group], box)
@@ -140,6 +147,8 @@ class Calibrating:
             if levels and levels[-1].kl:
                 step = levels[-1].step * (target * MARGIN / levels[-1].kl) ** _STEP_PER_KL
             step, kl = find_step(judge, target * MARGIN, step, tried)
+            if levels and levels[-1].kl is not None and step < levels[-1].step:  # where KL grows by fits and starts
+                step, kl = levels[-1].step, levels[-1].kl
             levels.append(Level(name, step, kl))
             self._progress.advance()
         return levels

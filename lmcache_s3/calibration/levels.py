@@ -1,6 +1,7 @@
 """Steps of a calibration's levels: the coarsest that keep the next-token KL within what the level promises.
 
-KL is measured in the model, on prompts that neither the transform nor the tables were fitted on. Raises nothing.
+KL is measured in the model, on prompts that neither the transform nor the tables were fitted on. Raises `Invalid` for
+a model that predicts no numbers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lmcache_s3.calibration.fit import (
 from lmcache_s3.calibration.samples import Sample
 from lmcache_s3.codecs.calibration import Unit
 from lmcache_s3.codecs.dtypes import from_float32
+from lmcache_s3.errors import Invalid
 from lmcache_s3.quality.measure import compare
 from lmcache_s3.quality.model import KV, Model
 
@@ -33,6 +35,8 @@ TARGETS = {"fine": 0.004, "medium": 0.01, "coarse": 0.02}
 MARGIN = 0.75
 """Of the target that is aimed at: prompts set aside come from the same sources as the others, other texts cost more."""
 _TRIES = 5
+_MORE_TRIES = 8
+"""Beyond those, where the KL is still less than half the target: the first guess was far too fine."""
 _CLOSE = 0.04
 """Of the target, below it: near enough."""
 _WIDTH_PER_STREAM = 1440
@@ -61,7 +65,10 @@ class Judge:
         for sample, log_p in zip(self._samples, self._log_p, strict=True):
             log_q = self._model.primed(self._coded(sample, step)).predict(sample.prompt.asked[:-1])
             total += compare(log_p, log_q, sample.prompt.asked[1:])[0]
-        return total / len(self._samples)
+        mean = total / len(self._samples)
+        if not math.isfinite(mean):
+            raise Invalid("the model predicts no numbers: it cannot be calibrated", kind="argument", key="model")
+        return max(mean, 0.0)
 
     def _coded(self, sample: Sample, step: float) -> KV:
         made = []
@@ -86,13 +93,16 @@ def find_step(judge: Judge, target: float, guess: float, tried: Callable[[float,
     """(step, its KL), the KL within the target. KL grows about as step²: secants in logarithms, then the best seen."""
     seen: list[tuple[float, float]] = []
     step = guess
-    for _ in range(_TRIES):
-        kl = judge.kl(step)
+    for i in range(_TRIES + _MORE_TRIES):
+        known = dict(seen).get(step)  # asked for again where the KL jumps
+        kl = judge.kl(step) if known is None else known
         seen.append((step, kl))
         tried(step, kl)
         if target * (1 - _CLOSE) <= kl <= target:
             break
         step = _next(seen, target * (1 - _CLOSE / 2))
+        if i + 1 >= _TRIES and max(kl for _, kl in seen) >= target / 2:
+            break
     good = [one for one in seen if one[1] <= target]
     while not good:
         step /= 1.1

@@ -45,12 +45,12 @@ def _made(kind: str) -> Any:
         "num_key_value_heads": 2,
         "head_dim": 16,
         "max_position_embeddings": 1024,
+        "initializer_range": 0.2,  # ten times the default: so that what is cached matters
     }
     if kind.startswith("deepseek"):
         shape |= {"num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 16, "first_k_dense_replace": 1}
         shape |= {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "moe_intermediate_size": 16}
         shape |= {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
-        shape["initializer_range"] = 0.2  # so that what is cached matters
         del shape["head_dim"]
     match kind:
         case "llama":

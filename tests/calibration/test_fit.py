@@ -126,3 +126,13 @@ def test_cuts_stay_within_cells_and_are_even() -> None:
     assert {box.heads.start for box in cut} == {0, 1, 2}
     assert all(box.layers.stop <= 15 or box.layers.start >= 15 for box in cut)
     assert sum(len(box.layers) * len(box.heads) * len(box.planes) for box in cut) == 2 * 30 * 3
+    latents = LayerGroup(KVGroup("mla", 61, 1, 1, 576), tuple(range(61)))
+    assert {box.planes for box in Cut().boxes(latents)} == {(0,)}
+    assert max(len(box.layers) * 576 for box in Cut().boxes(latents)) <= 6144
+
+
+def test_the_file_of_a_large_model_stays_within_what_is_read() -> None:
+    """Half of a unit's coefficients are coded at the finest level, or fewer; each of them takes 4 bytes a value."""
+    for layers, heads in ((30, 3), (32, 8), (80, 8)):
+        widths = [2 * len(box.layers) * heads * 128 for box in Cut().boxes(group(layers, heads, 128))]
+        assert sum(4 * width * width * 0.55 for width in widths) < 1 << 30
