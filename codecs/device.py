@@ -33,7 +33,7 @@ _BATCH_ROWS = 65_535
 def decode_cachegen(
     cells: Sequence[Buffer], spec: CellSpec, positions: Sequence[CellPosition | None], places: Places
 ) -> list[Unusable | None]:
-    """Decode stored cells of one shape into device memory, all rows of a batch at once; what became of each.
+    """Decode stored cells of one shape into device memory; what became of each.
 
     positions: as in `KVCodec.decode`. places: of as many cells; elements are as wide as the kv dtype's. A cell that
     came out `Unusable` has undefined values in its own places; memory elsewhere is not touched.
@@ -41,33 +41,44 @@ def decode_cachegen(
     if not len(cells) == len(positions) == places.cells:
         raise Bug(f"{len(cells)} cells, {len(positions)} positions, {places.cells} places", kind="shape")
     outcomes: list[Unusable | None] = [None] * len(cells)
-    batch = batch_cells(spec)
-    with on(places.addresses.device):
-        for first in range(0, len(cells), batch):
-            which = range(first, min(first + batch, len(cells)))
-            _decode_batch({i: (cells[i], positions[i]) for i in which}, spec, places, outcomes)
+    read: dict[int, tuple[np.ndarray, Rows | None]] = {}
+    for i, (data, position) in enumerate(zip(cells, positions, strict=True)):
+        try:
+            read[i] = read_cell(data, spec, position)
+        except Unusable as e:
+            outcomes[i] = e
+    for i, outcome in zip(read, place_cachegen(list(read.values()), spec, places.of(list(read))), strict=True):
+        outcomes[i] = outcome
     return outcomes
 
 
-def _decode_batch(
-    cells: dict[int, tuple[Buffer, CellPosition | None]],
-    spec: CellSpec,
-    places: Places,
-    outcomes: list[Unusable | None],
-) -> None:
+def place_cachegen(
+    cells: Sequence[tuple[np.ndarray, Rows | None]], spec: CellSpec, places: Places
+) -> list[Unusable | None]:
+    """The second half of `decode_cachegen`: cells as `cachegen.read_cell` gave them, all rows of a batch at once."""
+    if len(cells) != places.cells:
+        raise Bug(f"{len(cells)} cells, {places.cells} places", kind="shape")
+    batch = batch_cells(spec)
+    outcomes: list[Unusable | None] = []
+    with on(places.addresses.device):
+        for first in range(0, len(cells), batch):
+            which = range(first, min(first + batch, len(cells)))
+            outcomes += _place_batch([cells[i] for i in which], spec, places.of(which))
+    return outcomes
+
+
+def _place_batch(
+    cells: Sequence[tuple[np.ndarray, Rows | None]], spec: CellSpec, places: Places
+) -> list[Unusable | None]:
+    outcomes: list[Unusable | None] = [None] * len(cells)
     coded: dict[int, tuple[Rows, bool]] = {}
-    for i, (data, position) in cells.items():
-        try:
-            exact, rows = read_cell(data, spec, position)
-        except Unusable as e:
-            outcomes[i] = e
-            continue
+    for i, (exact, rows) in enumerate(cells):
         if rows is not None:
             coded[i] = (rows, bool(exact.shape[2]))
         if exact.size:
             place_exact(exact, places, i)
     if not coded:
-        return
+        return outcomes
     device = places.addresses.device
     batch = device_cachegen.upload([r for r, _ in coded.values()], [e for _, e in coded.values()], spec.shape, device)
     status = device_cachegen.decode(batch, places.of(list(coded)), spec.kv_dtype).cpu().numpy()
@@ -76,6 +87,7 @@ def _decode_batch(
             outcomes[i] = Unusable("cachegen: a step out of range", kind="payload")
         elif (of_cell != WHOLE).any():
             outcomes[i] = Unusable("cachegen: a row's stream is not whole", kind="payload")
+    return outcomes
 
 
 def encode_cachegen(
@@ -96,12 +108,12 @@ def encode_cachegen(
                 places.of(which), (layers, heads, channels), exact == 1, steps, spec.kv_dtype
             )
             for i, n, rows in zip(which, exact, coded, strict=True):
-                whole = functools.partial(_take, spec, places, i, spec.shape[2])
-                stored.append(write_cell(_take(spec, places, i, int(n)), rows, whole, spec, positions[i]))
+                whole = functools.partial(take_tokens, spec, places, i, spec.shape[2])
+                stored.append(write_cell(take_tokens(spec, places, i, int(n)), rows, whole, spec, positions[i]))
     return stored
 
 
-def _take(spec: CellSpec, places: Places, cell: int, count: int) -> np.ndarray:
+def take_tokens(spec: CellSpec, places: Places, cell: int, count: int) -> np.ndarray:
     """The first `count` tokens of one of the cells, as a new array on the host."""
     kv, layers, _, heads, channels = spec.shape
     dtype = storage_dtype(spec)

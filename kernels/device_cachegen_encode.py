@@ -152,9 +152,10 @@ def _coded(c: _Cells, quantised: _Quantised, chosen: torch.Tensor) -> list[Rows 
         tables.starts, states, words, escapes, n_words, n_escapes,
         c.layers, c.kv * c.layers, c.tokens, c.heads, c.width, c.side_stride, c.q_stride, room, num_warps=1,
     )  # fmt: skip
-    word_ends, escape_ends = _ends(n_words), _ends(n_escapes)
-    packed_words = _packed(words, word_ends, room)
-    packed_escapes = _packed(escapes, escape_ends, room)
+    word_ends, escape_ends = ends_of(n_words), ends_of(n_escapes)
+    rooms = np.arange(1, c.rows + 1, dtype=np.int64) * room
+    packed_words = packed(words, rooms, word_ends)
+    packed_escapes = packed(escapes, rooms, escape_ends)
     failed, bases, of_chosen, of_states = (
         tensor.cpu().numpy() for tensor in (quantised.failed, quantised.bases, chosen, states)
     )
@@ -180,15 +181,16 @@ def _coded(c: _Cells, quantised: _Quantised, chosen: torch.Tensor) -> list[Rows 
     return coded
 
 
-def _ends(counts: torch.Tensor) -> np.ndarray:
-    """int64 [row + 1] on the host."""
-    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts.cpu().numpy(), dtype=np.int64)))
+def ends_of(counts: torch.Tensor) -> np.ndarray:
+    """int64 [stream + 1] on the host: where each stream's values end, if they lie one behind another."""
+    return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts.cpu().numpy().reshape(-1), dtype=np.int64)))
 
 
-def _packed(source: torch.Tensor, ends: np.ndarray, room: int) -> np.ndarray:
-    """What lies at the ends of the rows of source, one row after another, on the host."""
-    packed = torch.empty(int(ends[-1]), dtype=source.dtype, device=source.device)
-    if len(packed):
-        triton_encode.pack[(len(ends) - 1,)](source, on_device(source.device, ends), packed, room, TILE=1024)
-    array: np.ndarray = packed.cpu().numpy()
+def packed(source: torch.Tensor, rooms: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """What lies at the ends of the streams' rooms, one stream after another, on the host; rooms: where those end."""
+    out = torch.empty(int(ends[-1]), dtype=source.dtype, device=source.device)
+    if len(out):
+        there = (on_device(source.device, where) for where in (rooms, ends))
+        triton_encode.pack[(len(rooms),)](source, *there, out, TILE=1024)
+    array: np.ndarray = out.cpu().numpy()
     return array

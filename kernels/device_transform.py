@@ -25,7 +25,7 @@ from lmcache_s3.kernels.device_cachegen import (
     padded,
 )
 
-_TOKENS = 64
+TILE_TOKENS = 64
 _DEPTH = 64
 _HALF = 64
 """Coded tokens, coefficients and, at most, pairs of channels of a step of the product."""
@@ -79,16 +79,36 @@ class StreamArrays(NamedTuple):
     escape_counts: np.ndarray
 
 
+class Dealt(NamedTuple):
+    """A unit's coefficients, dealt to streams: u8 [coefficient] tables; the first of the cell's streams, how many."""
+
+    tables: np.ndarray
+    first_stream: int
+    streams: int
+
+
+def runs_of(units: Sequence[Dealt], streams: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """A cell's runs, stream by stream, on the device; starts, tables, rows, units as `triton_transform` wants them."""
+    runs: list[list[tuple[int, int, int]]] = [[] for _ in range(streams)]
+    coefficients = 0
+    for number, unit in enumerate(units):
+        for r in range(unit.tables.size):
+            runs[unit.first_stream + r % unit.streams].append((int(unit.tables[r]), coefficients + r, number))
+        coefficients += unit.tables.size
+    starts = np.concatenate(([0], np.cumsum([len(one) for one in runs])))
+    flat = np.array([run for one in runs for run in one], np.int64).reshape(-1, 3)
+    kinds = (np.uint8, np.int32, np.int32)
+    columns = (on_device(device, flat[:, i].astype(kind)) for i, kind in enumerate(kinds))
+    return (on_device(device, starts.astype(np.int32)), *columns)
+
+
 def make_plan(units: Sequence[UnitArrays], streams: int, channels: int, device: torch.device) -> Plan:
     """Tables and matrices to the device, 2 bytes a number of the coefficients that the level codes."""
-    runs: list[list[tuple[int, int, int]]] = [[] for _ in range(streams)]
     parts: list[np.ndarray] = []
     vectors: list[tuple[np.ndarray, ...]] = []
     coefficients = at = 0
     for number, unit in enumerate(units):
         live = unit.tables.size
-        for r in range(live):
-            runs[unit.first_stream + r % unit.streams].append((int(unit.tables[r]), coefficients + r, number))
         stride = max(1, -(-live // _DEPTH)) * _DEPTH
         matrix = np.zeros((unit.mean.size, stride), np.float16)
         matrix[:, :live] = unit.inverse[:, :live]
@@ -101,15 +121,9 @@ def make_plan(units: Sequence[UnitArrays], streams: int, channels: int, device: 
         ))  # fmt: skip
         coefficients += live
         at += matrix.size
-    starts = np.concatenate(([0], np.cumsum([len(one) for one in runs])))
-    flat = np.array([run for one in runs for run in one], np.int64).reshape(-1, 3)
-    kinds = (np.uint8, np.int32, np.int32)
     of_vectors = [np.concatenate(column) for column in zip(*vectors, strict=True)]
     return Plan(
-        (
-            on_device(device, starts.astype(np.int32)),
-            *(on_device(device, flat[:, i].astype(kind)) for i, kind in enumerate(kinds)),
-        ),
+        runs_of([Dealt(unit.tables, unit.first_stream, unit.streams) for unit in units], streams, device),
         tuple(on_device(device, of.astype(np.int64 if i == 1 else np.int32)) for i, of in enumerate(of_vectors)),
         on_device(device, np.concatenate(parts)),
         on_device(device, np.concatenate([unit.scale for unit in units])),
@@ -161,18 +175,31 @@ def upload(
     )
 
 
+class Values(NamedTuple):
+    """What streams hold: i8 [cell · coefficient and some more, ≥ coded token]; int32 [cell, stream] status."""
+
+    q: torch.Tensor
+    status: torch.Tensor
+
+
 def decode(plan: Plan, streams: DeviceStreams, places: Places, kv_dtype: str) -> torch.Tensor:
     """Decode coded tokens of a batch of cells to their places; int32 [cell, stream]: `WHOLE` or `NOT_WHOLE`.
 
     Memory outside the cells' places is never touched, whatever the streams hold.
     """
-    kv, n, tokens = places.tokens.shape
-    if tuple(streams.coded.shape) != (n, plan.units, tokens):
-        raise Bug(f"{n} places of {tokens} tokens, streams of {tuple(streams.coded.shape)}", kind="shape")
-    device = places.addresses.device
-    q_stride = -(-padded(tokens) // _TOKENS) * _TOKENS
-    rows = n * plan.coefficients
-    q = torch.empty((rows + _DEPTH, q_stride), dtype=torch.int8, device=device)
+    values = read_streams(plan, streams)
+    write_values(plan, streams, values, places, kv_dtype)
+    return values.status
+
+
+def read_streams(plan: Plan, streams: DeviceStreams) -> Values:
+    """The first half of `decode`: all runs of all streams, by one warp a stream."""
+    n, units, tokens = streams.coded.shape
+    if units != plan.units:
+        raise Bug(f"streams of {units} units, a plan of {plan.units}", kind="shape")
+    device = streams.states.device
+    q_stride = -(-padded(tokens) // TILE_TOKENS) * TILE_TOKENS
+    q = torch.empty((n * plan.coefficients + _DEPTH, q_stride), dtype=torch.int8, device=device)
     status = torch.empty((n, plan.streams), dtype=torch.int32, device=device)
     tables = device_tables(device)
     triton_transform.decode_streams[(n * plan.streams,)](
@@ -180,19 +207,31 @@ def decode(plan: Plan, streams: DeviceStreams, places: Places, kv_dtype: str) ->
         streams.counts, tables.slots, tables.values,
         q, status, plan.streams, plan.units, plan.coefficients, q_stride, num_warps=1,
     )  # fmt: skip
+    return Values(q, status)
+
+
+def write_values(plan: Plan, streams: DeviceStreams, values: Values, places: Places, kv_dtype: str) -> None:
+    """The second half: product, turning, rounding, to their places."""
+    kv, n, tokens = places.tokens.shape
+    if tuple(streams.coded.shape) != (n, plan.units, tokens):
+        raise Bug(f"{n} places of {tokens} tokens, streams of {tuple(streams.coded.shape)}", kind="shape")
     pairs = streams.cosine.shape[2]
-    half = min(_HALF, max(16, 1 << ((plan.channels + 1) // 2 - 1).bit_length()))
-    parts = -(-plan.channels // (2 * half))
+    half, parts = halves(plan.channels)
     cell_rows = places.addresses.shape[1]
-    triton_transform.write_values[(-(-tokens // _TOKENS) * parts, plan.vectors, n)](
-        q, plan.matrices, plan.scale, plan.mean, streams.cosine, streams.sine,
+    triton_transform.write_values[(-(-tokens // TILE_TOKENS) * parts, plan.vectors, n)](
+        values.q, plan.matrices, plan.scale, plan.mean, streams.cosine, streams.sine,
         streams.coded, streams.counts, places.addresses, places.tokens, *plan.of_vectors,
-        plan.units, plan.coefficients, n, tokens, cell_rows, cell_rows // kv, pairs, q_stride,
-        places.head_stride, _channel_strides(places),
-        channels=plan.channels, PARTS=parts, HALF=half, TOKENS=_TOKENS, DEPTH=_DEPTH, **format_of(kv_dtype),
+        plan.units, plan.coefficients, n, tokens, cell_rows, cell_rows // kv, pairs, values.q.shape[1],
+        places.head_stride, channel_strides(places),
+        channels=plan.channels, PARTS=parts, HALF=half, TOKENS=TILE_TOKENS, DEPTH=_DEPTH, **format_of(kv_dtype),
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return status
+
+
+def halves(channels: int) -> tuple[int, int]:
+    """(pairs of channels of a program, programs that a vector's take)."""
+    half = min(_HALF, max(16, 1 << ((channels + 1) // 2 - 1).bit_length()))
+    return half, -(-channels // (2 * half))
 
 
 def place_vectors(source: np.ndarray, where: np.ndarray, places: Places) -> None:
@@ -207,9 +246,10 @@ def place_vectors(source: np.ndarray, where: np.ndarray, places: Places) -> None
     columns = (on_device(device, where[:, i].astype(np.int32)) for i in range(4))
     triton_transform.place_vectors[(-(-count * channels // TILE_VALUES),)](
         on_device(device, source), *columns, places.addresses, places.tokens, count, channels,
-        n, tokens, cell_rows, cell_rows // kv, places.head_stride, _channel_strides(places), TILE=TILE_VALUES,
+        n, tokens, cell_rows, cell_rows // kv, places.head_stride, channel_strides(places), TILE=TILE_VALUES,
     )  # fmt: skip
 
 
-def _channel_strides(places: Places) -> torch.Tensor:
+def channel_strides(places: Places) -> torch.Tensor:
+    """int64 [kv], on the device."""
     return on_device(places.addresses.device, np.array(places.channel_strides, np.int64))

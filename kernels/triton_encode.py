@@ -24,7 +24,7 @@ _SAMPLED = tl.constexpr(4)
 
 
 @triton.jit
-def _widen(x, bits: tl.constexpr, mantissa: tl.constexpr, bias: tl.constexpr, infinite: tl.constexpr):
+def widen(x, bits: tl.constexpr, mantissa: tl.constexpr, bias: tl.constexpr, infinite: tl.constexpr):
     """The format's bits → float32; what is no finite number there is none here."""
     x = x.to(tl.uint32)
     if bits == 32:
@@ -61,7 +61,7 @@ def transform(
     source = tl.load(addresses + row).to(tl.pointer_type(element))
     x = tl.load(source + place[:, None] + channel.to(tl.int64) * channel_stride, mask=inside[:, None], other=0)
     scale: tl.constexpr = 1.0 / BLOCK
-    x = hadamard(_widen(x, BITS, MANTISSA, BIAS, INFINITE), TILE, BLOCK, LEVELS) * scale
+    x = hadamard(widen(x, BITS, MANTISSA, BIAS, INFINITE), TILE, BLOCK, LEVELS) * scale
     tl.store(y + row * y_stride + start[:, None] + within, x, mask=inside[:, None])
 
 
@@ -250,7 +250,7 @@ def choose_tables(
 
 
 @triton.jit
-def _encode_run(
+def encode_run(
     states, words, place, escapes, escape_place, symbols, frequencies, starts, table, values, count
 ):  # fmt: skip
     """Encode `count` values of a run, i8, last first; (states, place, escape_place), which go down."""
@@ -314,17 +314,17 @@ def encode_rows(
     place = room + tl.full([], 0, tl.int32)
     escape_place = place
     table = tl.load(chosen + row * 3 + 2).to(tl.int32)
-    x, place, escape_place = _encode_run(
+    x, place, escape_place = encode_run(
         x, words, place, escapes, escape_place, symbols, frequencies, starts, table,
         q + row * q_stride, coded * width,
     )  # fmt: skip
     table = tl.load(chosen + row * 3 + 1).to(tl.int32)
-    x, place, escape_place = _encode_run(
+    x, place, escape_place = encode_run(
         x, words, place, escapes, escape_place, symbols, frequencies, starts, table,
         mean_codes + row * side_stride, tl.where(per_token, 0, width),
     )  # fmt: skip
     table = tl.load(chosen + row * 3).to(tl.int32)
-    x, place, escape_place = _encode_run(
+    x, place, escape_place = encode_run(
         x, words, place, escapes, escape_place, symbols, frequencies, starts, table,
         codes + row * side_stride, tl.where(per_token, coded * heads, width),
     )  # fmt: skip
@@ -334,15 +334,15 @@ def encode_rows(
 
 
 @triton.jit
-def pack(source, ends, packed, room, TILE: tl.constexpr):
-    """The last values of each row of source [row, room] → packed, one row after another: program = row.
+def pack(source, source_ends, ends, packed, TILE: tl.constexpr):
+    """The last values of each stream's room in source → packed, one stream after another: program = stream.
 
-    ends: int64 [row + 1], where each row's lie.
+    source_ends: int64 [stream], where the rooms end. ends: int64 [stream + 1], where a stream's values lie in packed.
     """
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.load(ends + row)
-    count = (tl.load(ends + row + 1) - first).to(tl.int32)
-    source += (row + 1) * room - count
+    stream = tl.program_id(0)
+    first = tl.load(ends + stream)
+    count = (tl.load(ends + stream + 1) - first).to(tl.int32)
+    source += tl.load(source_ends + stream) - count
     for start in range(0, count, TILE):
         index = start + tl.arange(0, TILE)
         value = tl.load(source + index, mask=index < count, other=0)

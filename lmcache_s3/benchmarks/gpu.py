@@ -5,7 +5,7 @@ streams), heavy-tailed numbers, level medium. Speeds are gigabytes (10⁹) of de
 alone, by CUDA events, the median of several runs, beside a copy of as many bytes within the device; and of whole cells
 from host memory into device memory (checks and checksums on the host, transfer of the coded bytes, kernels), beside the
 transfer of the uncoded bytes from pinned memory. How many streams must be in flight shows in the batches' sizes.
-`transform` stands beside them, decoded in layer-wise units (`gpu_transform.py`).
+`transform` stands beside them, in layer-wise units (`gpu_transform.py`).
 
 Without CUDA it says that nothing was measured, and exits with 2; with 1 where bits differ or a goal is missed. Needs
 torch and triton (extra `gpu`) and no model: `python -m lmcache_s3.benchmarks.gpu [JSON]` runs it in a checkout.
@@ -43,11 +43,25 @@ _GOAL_DEVICES = ("H100", "H200", "GH200", "B200", "GB200")
 _DISTINCT = 4
 
 
+_COLUMNS = {
+    "entropy": "streams",
+    "dequantise": "dequantise",
+    "decode": "decode",
+    "copy": "copy",
+    "from host": "whole",
+    "raw transfer": "transfer",
+    "encode": "encode",
+    "transform": "transform",
+    "its encode": "transform_encode",
+}
+"""Heading → what of `Measured` stands below it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Gigabytes of bfloat16 a second in batches of `cells`: cachegen's streams, dequantise, decode: the two stages and
     both; whole: from host memory; copy: within the device; transfer: uncoded bytes from pinned host memory; encode: to
-    coded rows in host memory. transform: decode of that codec.
+    coded rows in host memory. transform, transform_encode: decode of that codec, and to stored cells in host memory.
     """
 
     cells: int
@@ -59,6 +73,7 @@ class Measured:
     transfer: float
     encode: float
     transform: float
+    transform_encode: float
 
 
 def main(json_path: Path | None = None) -> int:
@@ -118,7 +133,7 @@ def measure(device: torch.device, spec: CellSpec, batches: Sequence[int]) -> tup
     for n in batches:
         which = [i % len(raw) for i in range(n)]
         speeds = _measure_batch(device, spec, [raw[i] for i in which], [stored[i] for i in which])
-        measured.append(Measured(n, **speeds, transform=transform[n]))
+        measured.append(Measured(n, **speeds, transform=transform[n][0], transform_encode=transform[n][1]))
     return sum(cell.nbytes for cell in raw) / sum(map(len, stored)), measured
 
 
@@ -174,6 +189,13 @@ def figures(device_name: str, ratio: float, measured: Sequence[Measured]) -> lis
         Figure("codec.gpu_decode_vs_copy", best.decode / best.copy, "× device copy", None, "higher"),
         Figure("codec.gpu_transform_decode_gbps", max(m.transform for m in measured), "GB/s of output", goal, "higher"),
         Figure("codec.gpu_encode_gbps", max(m.encode for m in measured), "GB/s of input", None, "higher"),
+        Figure(
+            "codec.gpu_transform_encode_gbps",
+            max(m.transform_encode for m in measured),
+            "GB/s of input",
+            None,
+            "higher",
+        ),
         Figure("codec.gpu_whole_gbps", max(m.whole for m in measured), "GB/s of output", None, "higher"),
         Figure("codec.gpu_transfer_gbps", max(m.transfer for m in measured), "GB/s uncoded", None, "higher"),
         Figure("codec.gpu_ratio", ratio, "×", None, "higher"),
@@ -187,22 +209,12 @@ def figures(device_name: str, ratio: float, measured: Sequence[Measured]) -> lis
 
 def _print(console: Console, name: str, ratio: float, measured: Sequence[Measured]) -> None:
     table = Table(title=f"{name}: GB/s of bfloat16, cells {ratio:.1f} × smaller", box=None, header_style="bold")
-    for column in (
-        "cells",
-        "streams",
-        "entropy",
-        "dequantise",
-        "decode",
-        "copy",
-        "from host",
-        "raw transfer",
-        "encode",
-    ):
-        table.add_column(column, justify="right")
     per_cell = CELL.shape[0] * CELL.shape[1]
+    for column in ("cells", "streams", *_COLUMNS):
+        table.add_column(column, justify="right")
     for m in measured:
-        speeds = (m.streams, m.dequantise, m.decode, m.copy, m.whole, m.transfer, m.encode, m.transform)
-        table.add_row(str(m.cells), str(m.cells * per_cell), *(f"{speed:.3g}" for speed in speeds))
+        speeds = (f"{getattr(m, name):.3g}" for name in _COLUMNS.values())
+        table.add_row(str(m.cells), str(m.cells * per_cell), *speeds)
     console.print(table)
 
 

@@ -1,4 +1,4 @@
-"""The part of `bench gpu` that measures codec `transform`: decoding in layer-wise units, by a calibration of its own.
+"""The part of `bench gpu` that measures codec `transform`, in layer-wise units, by a calibration of its own.
 
 No model is needed: the transform is a random orthogonal one of full size, of which half the coefficients are coded, so
 that the product has the shape it has in earnest; the bits a value have not.
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmcache_s3.benchmarks.gpu_timing import device_s
+from lmcache_s3.benchmarks.gpu_timing import device_s, wall_s
 from lmcache_s3.codecs import calibrations
 from lmcache_s3.codecs.base import CellPosition, CellSpec
 from lmcache_s3.codecs.calibration import Calibration
@@ -21,6 +21,9 @@ from lmcache_s3.testing.calibrations import LEVELS, made_unit
 
 if TYPE_CHECKING:
     import torch
+
+    from lmcache_s3.kernels.device_cachegen import Places
+    from lmcache_s3.kernels.device_transform import DeviceStreams
 
 _STREAMS_OF_UNITS = (1, 0, 0, 0)
 """Four units a stream: what side information costs."""
@@ -43,25 +46,37 @@ def layerwise(spec: CellSpec) -> Calibration:
 
 def measure_transform(
     device: torch.device, spec: CellSpec, raw: Sequence[np.ndarray], batches: Sequence[int]
-) -> dict[int, float]:
-    """Cells in flight → gigabytes of decoded bfloat16 a second, of the kernels alone. raw: distinct cells."""
+) -> dict[int, tuple[float, float]]:
+    """Cells in flight → gigabytes of bfloat16 a second: decoded, of the kernels alone; encoded, from device memory to
+    stored cells in host memory. raw: distinct cells."""
     import torch
 
     from lmcache_s3.codecs.device_transform import plan_of, upload
+    from lmcache_s3.codecs.device_transform_encode import encode_transform
     from lmcache_s3.kernels import device_transform
     from lmcache_s3.kernels.device_cachegen import Places
 
-    codec = TransformCodec(_LEVEL, calibrations.register(layerwise(spec)))
+    digest = calibrations.register(layerwise(spec))
+    codec = TransformCodec(_LEVEL, digest)
     position = CellPosition(bytes(16), spec.shape[2], 0, 0)
     cells = [read_cell(codec.encode(cell, spec, position), spec, None) for cell in raw]
     coded = [cell for cell in cells if isinstance(cell, Cell)]
     assert coded, "every cell was stored raw: nothing to measure"
     plan = plan_of(coded[0], spec, device)
+    there = torch.from_numpy(np.stack(raw)).to(device)
     speeds = {}
     for n in batches:
         out = torch.empty((n, *spec.shape), dtype=torch.uint16, device=device)
         places = Places.dense(out)
         streams = upload([coded[i % len(coded)] for i in range(n)], spec, device)
-        seconds = device_s(device, lambda s=streams, p=places: device_transform.decode(plan, s, p, spec.kv_dtype))  # type: ignore[misc]
-        speeds[n] = out.numel() * out.element_size() / seconds / 1e9
+        some = there[[i % len(raw) for i in range(n)]]
+
+        def decode(streams: DeviceStreams = streams, places: Places = places) -> None:
+            device_transform.decode(plan, streams, places, spec.kv_dtype)
+
+        def encode(some: torch.Tensor = some) -> None:
+            encode_transform(Places.dense(some), spec, [position] * len(some), _LEVEL, digest)
+
+        n_bytes = out.numel() * out.element_size()
+        speeds[n] = n_bytes / device_s(device, decode) / 1e9, n_bytes / wall_s(device, encode) / 1e9
     return speeds

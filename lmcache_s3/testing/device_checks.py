@@ -7,22 +7,23 @@ processes of their own; `lmcache-s3 bench gpu` runs them on the GPU before it me
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from lmcache_s3.codecs.base import CellPosition, CellSpec
+from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.cachegen import LEVELS, CachegenCodec, read_cell
 from lmcache_s3.codecs.device import decode_cachegen, encode_cachegen
 from lmcache_s3.codecs.dtypes import from_float32
 from lmcache_s3.codecs.header import HEADER_BYTES, wrap
-from lmcache_s3.errors import Unusable
+from lmcache_s3.errors import LMCacheS3Error, Unusable
 from lmcache_s3.kernels.device_cachegen import Places
 from lmcache_s3.kernels.paged import PlaneMap
 from lmcache_s3.types import STORAGE_DTYPE, KVDtype
 
 Shape = tuple[int, int, int, int, int]
+Decode = Callable[[Sequence[bytes], CellSpec, Sequence[CellPosition | None], Places], Sequence[LMCacheS3Error | None]]
 UNSIGNED = {name: np.dtype(f"u{np.dtype(stored).itemsize}") for name, stored in STORAGE_DTYPE.items()}
 UNTOUCHED = 0xA5
 """What memory holds before; what is still there afterwards was not written."""
@@ -52,12 +53,43 @@ def host(tensor: torch.Tensor) -> np.ndarray:
     return array
 
 
-def decoded_on_cpu(cells: list[bytes], spec: CellSpec) -> np.ndarray:
-    """Bits as `memory` holds them, [cell, kv, layer, token, head, channel]."""
+def decoded_on_cpu(cells: Sequence[bytes], spec: CellSpec, codec: KVCodec | None = None) -> np.ndarray:
+    """Bits as `memory` holds them, [cell, kv, layer, token, head, channel]; codec: `cachegen` if None."""
     out = np.empty((len(cells), *spec.shape), STORAGE_DTYPE[spec.kv_dtype])
     for i, data in enumerate(cells):
-        CachegenCodec().decode(data, spec, None, out[i])
+        (codec or CachegenCodec()).decode(data, spec, None, out[i])
     return out.view(UNSIGNED[spec.kv_dtype])
+
+
+def check_verdicts(device: torch.device, codec: KVCodec, decode: Decode, cells: Sequence[bytes], spec: CellSpec) -> int:
+    """Cells between untouched memory: each gets the CPU's verdict and bits, and no more. How many are usable."""
+    padded = memory((len(cells), 3, *spec.shape), spec.kv_dtype, device)
+    outcomes = decode(cells, spec, [None] * len(cells), Places.dense(padded[:, 1]))
+    assert (host(padded[:, ::2]).view(np.uint8) == UNTOUCHED).all(), "written outside a cell"
+    found = host(padded[:, 1])
+    usable = 0
+    for i, (data, outcome) in enumerate(zip(cells, outcomes, strict=True)):
+        try:
+            wanted = decoded_on_cpu([data], spec, codec)[0]
+        except Unusable:
+            assert outcome is not None, f"cell {i}: usable, but not so on the CPU"
+            continue
+        assert outcome is None, f"cell {i}: {outcome}, but usable on the CPU"
+        assert np.array_equal(found[i], wanted), f"cell {i}: other bits than the CPU's"
+        usable += 1
+    return usable
+
+
+def damaged(cells: Sequence[bytes], spec: CellSpec, mutations: int, first: int, seed: int) -> list[bytes]:
+    """Copies of the cells in which up to three bytes from `first` of the payload on are wrong, the checksum right."""
+    rng = np.random.default_rng(seed)
+    out: list[bytes] = []
+    for _ in range(mutations):
+        payload = bytearray(cells[int(rng.integers(len(cells)))][HEADER_BYTES:])
+        for _ in range(int(rng.integers(1, 4))):
+            payload[int(rng.integers(first, len(payload)))] = int(rng.integers(256))
+        out.append(wrap(bytes(payload), spec, position_of(int(rng.integers(2)))))
+    return out
 
 
 def stored_cells(spec: CellSpec, level: str, count: int, seed: int, exponent: int = 0) -> list[bytes]:
@@ -152,37 +184,11 @@ def check_encode(
 
 
 def check_damage(device: torch.device, mutations: int, seed: int = 0) -> None:
-    """Cells of which a byte or a length is wrong behind a right checksum: the CPU's verdict, the CPU's bits, no more.
-
-    Cells lie between untouched memory; whole ones decode beside broken ones.
-    """
-    rng = np.random.default_rng(seed)
+    """Cells that are damaged behind a right checksum, beside whole ones."""
     spec = CellSpec((2, 1, 8, 2, 16), "bfloat16")
     whole = stored_cells(spec, "fine", 2, seed=9)
-    cells: list[bytes] = []
-    for _ in range(mutations):
-        payload = bytearray(whole[int(rng.integers(2))][HEADER_BYTES:])
-        for _ in range(int(rng.integers(1, 4))):
-            payload[int(rng.integers(4, len(payload)))] = int(rng.integers(256))
-        cells.append(wrap(bytes(payload), spec, position_of(0)))
-    cells += whole
-    padded = memory((len(cells), 3, *spec.shape), spec.kv_dtype, device)
-    outcomes = decode_cachegen(cells, spec, [None] * len(cells), Places.dense(padded[:, 1]))
-    assert (host(padded[:, ::2]).view(np.uint8) == UNTOUCHED).all(), "written outside a cell"
-    assert outcomes[-2:] == [None, None]
-    for i, (data, outcome) in enumerate(zip(cells, outcomes, strict=True)):
-        wanted = _usable_on_cpu(data, spec)
-        assert (outcome is None) == (wanted is not None), f"cell {i}: {outcome or 'usable'}, but not so on the CPU"
-        if wanted is not None:
-            assert np.array_equal(host(padded[i, 1]), wanted), f"cell {i}: other bits than the CPU's"
-
-
-def _usable_on_cpu(data: bytes, spec: CellSpec) -> np.ndarray | None:
-    try:
-        bits: np.ndarray = decoded_on_cpu([data], spec)[0]
-    except Unusable:
-        return None
-    return bits
+    cells = damaged(whole, spec, mutations, 4, seed)
+    assert check_verdicts(device, CachegenCodec(), decode_cachegen, [*cells, *whole], spec) >= len(whole)
 
 
 def all_checks() -> dict[str, Callable[[torch.device], None]]:

@@ -13,7 +13,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lmcache_s3.kernels import triton_cachegen, triton_encode, triton_rans, triton_transform
+from lmcache_s3.kernels import (
+    triton_cachegen,
+    triton_encode,
+    triton_rans,
+    triton_transform,
+    triton_transform_encode,
+)
 from lmcache_s3.kernels.device_cachegen import FORMATS, TILE_VALUES
 
 _POINTERS = {
@@ -25,7 +31,8 @@ _POINTERS = {
     "run_starts": "*i32", "run_tables": "*u8", "run_rows": "*i32", "run_units": "*i32", "counts": "*i32",
     "matrices": "*fp16", "cosine": "*fp32", "sine": "*fp32", "coded": "*i32", "of_unit": "*i32", "of_matrix": "*i64",
     "of_stride": "*i32", "of_live": "*i32", "of_q": "*i32", "of_row": "*i32", "of_head": "*i32", "of_turned": "*i32",
-    "of_cell": "*i32", "of_token": "*i32", "channel_strides": "*i64",
+    "of_cell": "*i32", "of_token": "*i32", "channel_strides": "*i64", "source_ends": "*i64", "rooms": "*i64",
+    "x": "*fp32", "of_start": "*i64", "of_width": "*i64", "of_within": "*i64",
 }  # fmt: skip
 """Argument → type; the others are i32 (as most are: those above 2³¹ are compiled for i64)."""
 _SHAPE = {"heads": 8, "channels": 128}
@@ -61,6 +68,10 @@ def check_compiles(capability: int, kv_dtype: str = "bfloat16") -> None:
     text = _ptx(triton_transform.write_values, product, capability, warps=8, types=factors)
     assert "mma" in text, "the product does not use tensor cores"
     _ptx(triton_transform.place_vectors, {"TILE": TILE_VALUES}, capability)
+    halves = {"PARTS": 1, "HALF": 64, "TOKENS": 64, "channels": 128, **narrow, "INFINITE": form.infinite}
+    _ptx(triton_transform_encode.centre, halves, capability, types={"mean": "*fp32"})
+    _ptx(triton_transform_encode.encode_streams, {}, capability, warps=1)
+    _ptx(triton_transform_encode.take_vectors, {"TILE": TILE_VALUES}, capability)
     _ptx(triton_encode.pack, {"TILE": 1024}, capability)
 
 
