@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import Progress as Bars
 from rich.progress import TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from lmcache_s3.cli.common import Cli, size_text, table
 from lmcache_s3.codecs.calibration import Calibration
-from lmcache_s3.errors import Invalid
+from lmcache_s3.errors import Invalid, Unusable
+
+if TYPE_CHECKING:
+    from lmcache_s3.quality.model import LayerGroup, Model
 
 
 def calibrate(
@@ -29,7 +36,13 @@ def calibrate(
     stages: Annotated[int, typer.Option(min=1, help="Pipeline stages of the engines that will write.")] = 1,
     head_groups: Annotated[int, typer.Option(min=1, help="Head groups that cells are stored in.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU where there is one.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the calibration to this file, not to the bucket.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the calibration to this file, not to the bucket; of several KV groups one file each: "
+            "NAME.0.safetensors, NAME.1.safetensors, …"
+        ),
+    ] = None,
 ) -> None:
     """Calibrate codec `transform` on a model (about 10 minutes on two cores for one of 135 M parameters)."""
     from lmcache_s3.calibration.calibrate import Calibrating, Cut
@@ -43,50 +56,115 @@ def calibrate(
     documents = from_files(text) if text else calibration()
     known = Model(model, device=device)
     weights = weights_digest(known.path)
+    # What would stop it at the end stops it now.
+    if out is None:
+        _check_bucket(cli, known, weights)
+    else:
+        _check_directory(out)
     with _Shown(cli.progress_console) as shown:
         calibrating = Calibrating(known, documents, shown)
-        cut = Cut(unit_layers, stages, head_groups)
-        made = calibrating.run(cut, {"weights": weights})
-    if len(made) != 1:
+        made = calibrating.run(Cut(unit_layers, stages, head_groups), {"weights": weights})
+    files = [_file(one) for one in made]
+    if out is None:
+        places = [publish(cli.store, one, weights) for one in made]
+        use = "Engines that open this cache with codec=transform use it."
+    else:
+        paths = _paths(out, len(made))
+        places = [str(path) for path in paths]
+        for path, data in zip(paths, files, strict=True):
+            _write(path, data)
+        use = (
+            f"In a cache, as calibrations/{made[0].digest}.safetensors, codec_calibration={made[0].digest} chooses it."
+        )
+        if len(made) > 1:
+            use = "KL is what all groups together cost. Caches of models of several KV groups are not stored yet."
+    calibrating.forget()
+    _report(cli, known.groups, made, places, use)
+
+
+def _check_bucket(cli: Cli, model: Model, weights: str) -> None:
+    """That the store answers, and will be asked for such a calibration."""
+    from lmcache_s3.calibration_store import read_name
+
+    if len(model.groups) != 1:
+        kinds = ", ".join(f"{one.group.layers} {one.group.kind}" for one in model.groups)
         raise Invalid(
-            f"{known.name} has {len(made)} KV groups: caches of such models are not stored yet, so no calibration is",
+            f"{model.name} has {len(model.groups)} KV groups (layers: {kinds}): caches of such models are not stored "
+            "yet, so no calibration is; --out FILE writes one for each group",
             kind="argument",
             key="model",
         )
-    (one,) = made
-    if out is None:
-        where = publish(cli.store, one, weights)
-    else:
-        where = str(out)
-        _write(out, one.to_bytes())
-    calibrating.forget()
-    _report(cli, one, where)
+    with contextlib.suppress(Unusable):  # there is none yet, or one to be replaced
+        read_name(cli.store, weights, model.kv_dtype)
 
 
-def _report(cli: Cli, made: Calibration, where: str) -> None:
-    shown = table("level", "step", "KL", "bits/value", "× vs bf16", right=("step", "KL", "bits/value", "× vs bf16"))
-    for level in made.levels:
-        assert level.kl is not None
-        assert level.bits is not None
-        shown.add_row(level.name, f"{level.step:.5f}", f"{level.kl:.4f}", f"{level.bits:.2f}", f"{16 / level.bits:.0f}")
-    widths = sorted({unit.mean.size for unit in made.units})
-    data = {
+def _check_directory(out: Path) -> None:
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK) or out.is_dir():
+        raise Invalid(f"{out}: cannot be written (no such directory, or no right to)", kind="argument", key="out")
+
+
+def _paths(out: Path, count: int) -> list[Path]:
+    """`out`, or for several groups `out` with their numbers."""
+    if count == 1:
+        return [out]
+    stem = out.with_suffix("") if out.suffix == ".safetensors" else out
+    return [stem.with_name(f"{stem.name}.{i}.safetensors") for i in range(count)]
+
+
+def _file(made: Calibration) -> bytes:
+    try:
+        return made.to_bytes()
+    except Unusable as error:
+        raise Invalid(
+            f"{error}: make it smaller with --unit-layers or --head-groups (what was computed so far is kept)",
+            kind="argument",
+            key="unit_layers",
+        ) from error
+
+
+def _report(cli: Cli, groups: Sequence[LayerGroup], made: list[Calibration], places: list[str], use: str) -> None:
+    told: list[dict[str, Any]] = []
+    shown: list[RenderableType] = []
+    for one, where, group in zip(made, places, groups, strict=True):
+        said = _told(one, where, group)
+        told.append(said)
+        of = f" of {group.group.layers} {group.group.kind} layers" if len(made) > 1 else ""
+        size = f"{size_text(said['bytes'])}, {said['units']} units of {said['widths']} values"
+        shown += [_levels(one), f"[green]ok[/green] {where}{of} ({size})"]
+    cli.emit(told[0] if len(told) == 1 else {"groups": told}, *shown, use)
+
+
+def _told(made: Calibration, where: str, group: LayerGroup) -> dict[str, Any]:
+    return {
         "calibration": made.digest,
         "where": where,
         "bytes": len(made.to_bytes()),
+        "layers": list(group.layers),
         "levels": [{"name": o.name, "step": o.step, "kl": o.kl, "bits": o.bits} for o in made.levels],
         "units": len(made.units),
-        "widths": widths,
+        "widths": sorted({unit.mean.size for unit in made.units}),
         "about": dict(made.about),
     }
-    said = f"[green]ok[/green] {where} ({size_text(len(made.to_bytes()))}, {len(made.units)} units of {widths} values)"
-    cli.emit(data, shown, said, "Engines that open this cache with codec=transform use it.")
+
+
+def _levels(made: Calibration) -> Table:
+    figures = ("step", "KL", "bits/value", "× vs bf16")
+    shown = table("level", *figures, right=figures)
+    for level in made.levels:
+        assert level.kl is not None
+        assert level.bits is not None
+        ratio = f"{16 / level.bits:.0f}" if level.bits else "–"
+        shown.add_row(level.name, f"{level.step:.5f}", f"{level.kl:.4f}", f"{level.bits:.2f}", ratio)
+    return shown
 
 
 def _write(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
     try:
-        path.write_bytes(data)
+        part.write_bytes(data)
+        os.replace(part, path)
     except OSError as e:
+        part.unlink(missing_ok=True)
         raise Invalid(f"{path}: cannot be written ({e.strerror})", kind="argument") from e
 
 

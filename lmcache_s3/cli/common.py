@@ -141,7 +141,8 @@ def _open(common: dict[str, Any], own: dict[str, Any]) -> Cli:
         # `info NAME` where the environment has the URL.
         own["name"], common["url"] = url, None
     given = {k: v for k, v in common.items() if v is not None}
-    settings = load_settings(**given)
+    unused = {"url": "memory://unused"} if url is None and own.get("out") is not None else {}
+    settings = load_settings(**unused, **given)
     store_settings = {k: str(v) for k, v in given.items() if k not in ("url", "settings_file")}
     return Cli(settings, store_settings, as_json)
 
