@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -44,8 +44,7 @@ _TASK_BYTES = 1 << 20
 """Cells smaller than this are verified and decoded several in one task."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fetched:
+class Fetched(NamedTuple):
     """A good cell: its stored bytes, and what they decode to; None where nobody wants that."""
 
     data: Buffer
@@ -56,7 +55,7 @@ Outcome: TypeAlias = Fetched | LMCacheS3Error | None
 """Of fetching a cell; None: given up."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Waiting:
     """A part that another load fetches. again: after the store failed one who did."""
 
@@ -332,7 +331,8 @@ class Load:
         waiting = [
             one for part in parts for one in in_flight.landed(self._name, _cell(part), prefetch=self._is_prefetch)
         ]
-        _tell(self._means, waiting, outcome)
+        if waiting:
+            _tell(self._means, waiting, outcome)
 
     def told(self, waiting: Sequence[Waiting], outcome: Outcome) -> None:
         """What became of cells that this load waits for. A cell is handed over before this returns."""

@@ -95,8 +95,8 @@ def _memory() -> list[Figure]:
         store = _Canned()
         transfer = Transfer(store, SPACE_ID, _SMALLER, make_codec(codec), [], settings=settings)
         try:
-            chunks = [one for seed in range(4) for one in upload(transfer, kv, 16, seed=seed)]
-            transfer.load(chunks[:1], engine.sink).result(60)  # what is imported and compiled is no buffer
+            extents = [upload(transfer, kv, 16, seed=seed) for seed in range(4)]
+            transfer.load(extents[0][:1], engine.sink).result(60)  # what is imported and compiled is no buffer
         finally:
             transfer.close()
         store.keep = False
@@ -107,7 +107,7 @@ def _memory() -> list[Figure]:
             linked = LinkedStore(store, LinkSpeed(0.002, 2e9))
             measured = Transfer(linked, SPACE_ID, _SMALLER, make_codec(codec), [], settings=settings)
             try:
-                _at_once(measured, engine, kv, chunks)
+                _at_once(measured, engine, kv, extents)
             finally:
                 measured.close()
             peak = max(peak, tracemalloc.get_traced_memory()[1])
@@ -119,8 +119,8 @@ def _memory() -> list[Figure]:
     ]
 
 
-def _at_once(transfer: Transfer, engine: Engine, kv: np.ndarray, chunks: Sequence[ChunkRef]) -> None:
-    """Three loads and many stores side by side; stores may find no room."""
+def _at_once(transfer: Transfer, engine: Engine, kv: np.ndarray, extents: Sequence[Sequence[ChunkRef]]) -> None:
+    """Loads of different extents and many stores side by side; stores may find no room."""
 
     def store(seed: int) -> None:
         try:
@@ -129,10 +129,11 @@ def _at_once(transfer: Transfer, engine: Engine, kv: np.ndarray, chunks: Sequenc
             if e.kind != "full":
                 raise
 
-    def load(_: int) -> None:
-        report = transfer.load(chunks, engine.sink, deadline_s=120).result()
-        if report.loaded_chunks != len(chunks):
-            raise Bug(f"loaded {report.loaded_chunks} of {len(chunks)} chunks")
+    def load(i: int) -> None:
+        for chunks in (*extents[i:], *extents[:i]):
+            report = transfer.load(chunks, engine.sink, deadline_s=120).result()
+            if report.loaded_chunks != len(chunks):
+                raise Bug(f"loaded {report.loaded_chunks} of {len(chunks)} chunks")
 
     with ThreadPoolExecutor(6) as pool:
         for future in [*(pool.submit(load, i) for i in range(3)), *(pool.submit(store, 100 + i) for i in range(12))]:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
+from lmcache_s3.codecs.fast import FastCodec
 from lmcache_s3.loading import LoadReport
 from lmcache_s3.publish import make_record
 from lmcache_s3.testing.faults import Verb
 from lmcache_s3.testing.small import small_space
 from lmcache_s3.transfer import Transfer
-from lmcache_s3.types import ChunkRef, ExtentName, Grid
+from lmcache_s3.types import Buffer, ChunkRef, ExtentName, Grid
 
 SPACE = small_space()
 GEOMETRY = SPACE.geometry
@@ -22,6 +24,15 @@ N = GEOMETRY.chunk_tokens
 WHOLE = Grid()
 GETS: frozenset[Verb] = frozenset({"get"})
 MakeTransfer = Callable[..., Transfer]
+
+
+class CopiedCodec(FastCodec):
+    """`fast`, but decoded into memory of its own as other codecs are, and with no more of it than that."""
+
+    view = KVCodec.view  # type: ignore[assignment]
+
+    def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
+        np.copyto(out, FastCodec.view(self, data, spec, position))
 
 
 def upload(transfer: Transfer, kv: np.ndarray, grid: Grid = WHOLE, *, first_token: int = 0) -> list[ChunkRef]:

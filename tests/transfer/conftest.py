@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from lmcache_s3.codecs.base import KVCodec
 from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.testing.small import fresh_memory_url
 from lmcache_s3.testing.whole_arrays import GEOMETRY, SPACE, MakeTransfer
@@ -26,10 +27,15 @@ def make(store: CountingStore) -> Iterator[MakeTransfer]:
     made: list[Transfer] = []
 
     def make(
-        *tiers: Tier, over: object = store, codec: str = "fast", geometry: Geometry = GEOMETRY, **settings: object
+        *tiers: Tier,
+        over: object = store,
+        codec: str | KVCodec = "fast",
+        geometry: Geometry = GEOMETRY,
+        **settings: object,
     ) -> Transfer:
         known = TransferSettings(**({"io_threads": 4, "staging_bytes": 8 << 20} | settings))  # type: ignore[arg-type]
-        transfer = Transfer(over, SPACE.id, geometry, make_codec(codec), tiers, settings=known)  # type: ignore[arg-type]
+        own = make_codec(codec) if isinstance(codec, str) else codec
+        transfer = Transfer(over, SPACE.id, geometry, own, tiers, settings=known)  # type: ignore[arg-type]
         made.append(transfer)
         return transfer
 
