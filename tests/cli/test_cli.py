@@ -97,8 +97,10 @@ def test_du_adds_up_to_the_files(cli: Run, cache: Any) -> None:
     orphan = orphan.parent / str(cache.records[0].name).replace(".fast.0-", ".fast.9-") / "c" / "0"
     orphan.parent.mkdir(parents=True)
     orphan.write_bytes(b"x" * 77)
+    for name, size in (("calibrations/a.safetensors", 1000), ("calibrations/b.json", 10), ("quality/w/x.json", 5)):
+        cache.store.put(name, bytes(size))
     document = cli("du", cache.url, "--json").json
-    files = [p for p in (cache.path / "spaces").rglob("*") if p.is_file()]
+    files = [p for p in cache.path.rglob("*") if p.is_file()]
     assert document["total"]["objects"] == len(files)
     assert document["total"]["stored_bytes"] == sum(p.stat().st_size for p in files)
     rows = {(r["space"], r["what"]): r for r in document["rows"]}
@@ -106,6 +108,8 @@ def test_du_adds_up_to_the_files(cli: Run, cache: Any) -> None:
     assert rows[cache.exact.id, "fast"]["objects"] == 2 * 5
     assert rows[cache.exact.id, "fast"]["raw_bytes"] == 3 * cache.exact.geometry.chunk_bytes
     assert rows[cache.lossy.id, "cachegen"]["objects"] == 2
+    assert (rows["", "calibrations"]["objects"], rows["", "calibrations"]["stored_bytes"]) == (2, 1010)
+    assert rows["", "quality"]["stored_bytes"] == 5
     assert "total" in cli("du", cache.url).out
 
 
