@@ -247,8 +247,8 @@ def _verdict(
             {d.partition(":")[0] for c in comparison for d in c["differs"] if c["space"] == candidates[0].id}
         )
         lines.append(
-            f"the weights are the same, but stored differently ({', '.join(fields)}): such engines share nothing. If the "
-            "engine's settings are not those of this command, give them by --settings-file or LMCACHE_S3_…"
+            f"the weights are the same, but stored differently ({', '.join(fields)}): such engines share nothing. If "
+            "the engine's settings are not those of this command, give them by --settings-file or LMCACHE_S3_…"
         )
     if ids is None:
         return lines or ["the space is there; give a prompt to see which of its chunks are"]
