@@ -2,9 +2,9 @@
 
 A codec knows a calibration's digest only; here is where it becomes a `Calibration`: from memory, from the local cache
 directory, then from the attached sources (buckets), each answer proved by its digest. What was fetched is kept in the
-directory, `$XDG_CACHE_HOME/lmcache-s3/calibrations` (default `~/.cache`), if that can be written. Thread-safe; `find`
-may block on a source, one caller at a time. Raises `Unusable` (calibration) for what nobody has, `Unavailable` for a
-source that does not answer.
+directory, `$XDG_CACHE_HOME/lmcache-s3/calibrations` (default `~/.cache`), if that can be written; beyond 8 GiB those
+files go that were read least lately. Thread-safe; `find` may block on a source, one caller at a time. Raises `Unusable`
+(calibration) for what nobody has, `Unavailable` for a source that does not answer.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import os
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,10 @@ from lmcache_s3.errors import LMCacheS3Error, Unusable
 
 MOST_BYTES = 4 << 30
 """Of arrays kept; beyond it goes what was used least lately."""
+MOST_FILE_BYTES = 8 << 30
+"""Of files kept in the directory, by all processes."""
+_PART_S = 3600.0
+"""A file that is being written is older only if its process died."""
 _MOST_SOURCES = 64
 _MOST_ABSENT = 1024
 
@@ -36,10 +41,12 @@ def key_of(digest: str) -> str:
 
 
 class Registry:
-    """As the module says. directory: None for no local copies. most_bytes: of arrays kept."""
+    """As the module says. directory: None: no local copies. most_bytes: of arrays kept, most_file_bytes: of files."""
 
-    def __init__(self, directory: Path | None, most_bytes: int = MOST_BYTES) -> None:
-        self._directory, self._most_bytes = directory, most_bytes
+    def __init__(
+        self, directory: Path | None, most_bytes: int = MOST_BYTES, most_file_bytes: int = MOST_FILE_BYTES
+    ) -> None:
+        self._directory, self._most_bytes, self._most_file_bytes = directory, most_bytes, most_file_bytes
         self._lock = threading.Lock()
         self._fetching = threading.Lock()
         self._known: OrderedDict[str, Calibration] = OrderedDict()
@@ -124,7 +131,10 @@ class Registry:
             if path.stat().st_size <= MAX_FILE_BYTES:
                 data = path.read_bytes()
                 if hashlib.sha256(data).hexdigest() == digest:
-                    return Calibration.from_bytes(data)
+                    found = Calibration.from_bytes(data)
+                    with contextlib.suppress(OSError):  # a directory that may only be read
+                        os.utime(path)
+                    return found
         return None
 
     def _keep(self, digest: str, data: bytes) -> None:
@@ -142,6 +152,20 @@ class Registry:
             except OSError:
                 os.unlink(name)
                 raise
+            self._trim(path)
+
+    def _trim(self, newest: Path) -> None:
+        """Files beyond the bound, but not the newest, and what processes that died left half-written."""
+        now, left_bytes = time.time(), self._most_file_bytes - newest.stat().st_size
+        found = [(path, path.stat()) for path in newest.parent.iterdir() if path != newest]
+        for path, stat in sorted(found, key=lambda one: -one[1].st_mtime):
+            if path.suffix == ".part":
+                drop = stat.st_mtime < now - _PART_S
+            else:
+                left_bytes -= stat.st_size if path.suffix == ".safetensors" else 0
+                drop = path.suffix == ".safetensors" and left_bytes < 0
+            if drop:
+                path.unlink(missing_ok=True)
 
 
 def _home() -> Path | None:
