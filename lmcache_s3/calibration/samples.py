@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import math
 import os
 import re
@@ -38,6 +39,7 @@ KEPT_S = 7 * 24 * 3600
 _VERSION = 2
 """Raised when what is computed of a prompt changes."""
 _NAME = re.compile(r"[0-9a-f]{32}", re.ASCII)
+_NOT_THE_MODEL = ("_name_or_path", "transformers_version")
 _LOOKED_AT = 256
 """Values of each of a model's tensors that tell it from others."""
 
@@ -185,8 +187,10 @@ def _write(path: Path, array: np.ndarray) -> None:
 
 
 def _fingerprint(module: Any) -> bytes:
-    """Of a transformers model: its tensors' names, shapes and some of their values, whatever it is called."""
-    digest = hashlib.sha256()
+    """Of a transformers model, whatever it is called: its configuration, its tensors' names and shapes, and some of
+    their values."""
+    config = {key: value for key, value in module.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         values = tensor.detach().reshape(-1)
         some = values[:: max(1, values.numel() // _LOOKED_AT)].cpu().double().numpy()
