@@ -7,6 +7,7 @@ Codecs are synchronous, pure (no I/O, clock or randomness) and thread-safe. They
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 
-from lmcache_s3.types import Buffer, Geometry, Grid, KVDtype
+from lmcache_s3.types import ITEM_BYTES, Buffer, Geometry, Grid, KVDtype
 
 JSON = str | int | float | bool | None | list[Any] | dict[str, Any]
 
@@ -45,6 +46,14 @@ class CellPosition:
     first_head: int
 
 
+_SPARE_BYTES = 1 << 16
+"""For what does not grow with a cell."""
+
+
+def _raw_bytes(spec: CellSpec) -> int:
+    return math.prod(spec.shape) * ITEM_BYTES[spec.kv_dtype]
+
+
 class KVCodec(ABC):
     """One way to code a cell. Its `config` is what Zarr metadata carries, enough to decode."""
 
@@ -52,10 +61,6 @@ class KVCodec(ABC):
     """`[a-z0-9_-]+`; part of every extent's name."""
     exact: ClassVar[bool]
     """Decodes to the very bits that were encoded."""
-    encode_memory: ClassVar[float] = 4.0
-    """Most memory `encode` takes meanwhile, its result included, in parts of the raw cell (measured, and some more)."""
-    decode_memory: ClassVar[float] = 1.0
-    """The same of `decode`, beside `out`."""
 
     @property
     @abstractmethod
@@ -87,6 +92,14 @@ class KVCodec(ABC):
     @abstractmethod
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
         """Stored bytes of a cell. `cell`: shape and storage dtype as the spec says, any strides; not kept."""
+
+    def encode_memory_bytes(self, spec: CellSpec) -> int:
+        """Most memory `encode` takes meanwhile, its result included, whatever is in the cell."""
+        return 4 * _raw_bytes(spec) + _SPARE_BYTES
+
+    def decode_memory_bytes(self, spec: CellSpec) -> int:
+        """The same of `decode`, beside `out`, which is contiguous."""
+        return 4 * _raw_bytes(spec) + _SPARE_BYTES
 
     def fixed_bytes(self, spec: CellSpec) -> int | None:
         """The length of every stored cell of this shape; None where it depends on what is in it."""

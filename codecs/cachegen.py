@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from lmcache_s3.codecs.arrays import check_array, contiguous, raw_bytes, storage_dtype
+from lmcache_s3.codecs.arrays import bits_of, check_array, contiguous, raw_bytes, storage_dtype
 from lmcache_s3.codecs.base import JSON, CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.header import HEADER_BYTES, unwrap, wrap
 from lmcache_s3.errors import Invalid, Unusable
@@ -45,6 +45,11 @@ _SIXTEENTHS: dict[str, tuple[int, int]] = {
 }
 """level → steps of (K, V), in 1/16 standard deviations of a coefficient; K's are smaller, its errors do more."""
 LEVELS = tuple(_SIXTEENTHS)
+_ROW_VALUE_BYTES, _STEP_BYTES, _TILE_BYTES = 8, 48, 24_576
+"""What a row takes that is being encoded: of each value float32, int8, room for a word and an escape; of each step, and
+of a tile of values."""
+_SPARE_BYTES = 1 << 12
+"""For what does not grow with a cell."""
 
 
 class CachegenCodec(KVCodec):
@@ -52,8 +57,6 @@ class CachegenCodec(KVCodec):
 
     id: ClassVar[str] = "cachegen"
     exact: ClassVar[bool] = False
-    encode_memory: ClassVar[float] = 2.6
-    decode_memory: ClassVar[float] = 0.4
 
     def __init__(self, level: str = "medium") -> None:
         if not isinstance(level, str) or level not in _SIXTEENTHS:
@@ -71,6 +74,16 @@ class CachegenCodec(KVCodec):
     def max_encoded_bytes(self, spec: CellSpec) -> int:
         return HEADER_BYTES + _FIXED.size + raw_bytes(spec)
 
+    def encode_memory_bytes(self, spec: CellSpec) -> int:
+        """Rooms for words and escapes, then what coding a row takes, or the result."""
+        rooms = 2 * (raw_bytes(spec) // 2) + _most_escapes(spec)
+        row = _ROW_VALUE_BYTES * _row_values(spec) + _STEP_BYTES * _most_steps(spec) + _TILE_BYTES
+        return rooms + max(raw_bytes(spec), row) + _SPARE_BYTES
+
+    def decode_memory_bytes(self, spec: CellSpec) -> int:
+        """A copy of what is coded, and what decoding a row's steps takes."""
+        return raw_bytes(spec) + 16 * _most_steps(spec) + 2 * _TILE_BYTES + _SPARE_BYTES
+
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
         check_array(cell, spec, what="cell")
         n = exact_tokens(spec, position)
@@ -86,8 +99,7 @@ class CachegenCodec(KVCodec):
         from lmcache_s3.kernels import cachegen_rows  # numba only where it is needed
 
         kv, layers, _, _, _ = spec.shape
-        most = raw_bytes(spec)
-        rows = cachegen_rows.room_for_rows(kv * layers, most // 2, most)
+        rows = cachegen_rows.room_for_rows(kv * layers, raw_bytes(spec) // 2, _most_escapes(spec))
         return rows if cachegen_rows.encode(rows, self.steps(kv, layers), coded, spec.kv_dtype) else None
 
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
@@ -97,6 +109,21 @@ class CachegenCodec(KVCodec):
         if rows is not None:
             _decode_rows(rows, spec, out[:, :, n:])
         out[:, :, :n] = exact
+
+
+def _row_values(spec: CellSpec) -> int:
+    return math.prod(spec.shape[2:])
+
+
+def _most_steps(spec: CellSpec) -> int:
+    """Of a row: one a channel, or one a token and head."""
+    return spec.shape[3] * max(spec.shape[2], spec.shape[4])
+
+
+def _most_escapes(spec: CellSpec) -> int:
+    """All values and all steps and means of each row, unless the raw cell is smaller."""
+    of_row = _row_values(spec) + 2 * _most_steps(spec) + 3
+    return min(raw_bytes(spec), spec.shape[0] * spec.shape[1] * of_row)
 
 
 def exact_tokens(spec: CellSpec, position: CellPosition) -> int:
@@ -114,7 +141,7 @@ def write_cell(
     dtype = _DTYPES[spec.kv_dtype]
     if rows is not None:
         words, escapes = int(rows.word_ends[-1]), int(rows.escape_ends[-1])
-        sections = (
+        sections: list[Buffer] = [
             _FIXED.pack(VERSION, QUANTISED, exact.shape[2], dtype, words, escapes),
             contiguous(exact, spec).tobytes(),
             np.diff(rows.word_ends).astype("<u4").tobytes(),
@@ -122,13 +149,12 @@ def write_cell(
             rows.bases.astype("<u2").tobytes(),
             rows.chosen.tobytes(),
             rows.states.astype("<u4").tobytes(),
-            rows.words[:words].astype("<u2").tobytes(),
-            rows.escapes[:escapes].tobytes(),
-        )
+            rows.words[:words].astype("<u2", copy=False).view(np.uint8).data,
+            rows.escapes[:escapes].view(np.uint8).data,
+        ]
         if sum(map(len, sections)) < _FIXED.size + raw_bytes(spec):
-            return wrap(b"".join(sections), spec, position)
-    fixed = _FIXED.pack(VERSION, RAW, 0, dtype, 0, 0)
-    return wrap(fixed + contiguous(whole(), spec).tobytes(), spec, position)
+            return wrap(sections, spec, position)
+    return wrap([_FIXED.pack(VERSION, RAW, 0, dtype, 0, 0), bits_of(whole(), spec)], spec, position)
 
 
 def read_cell(data: Buffer, spec: CellSpec, position: CellPosition | None) -> tuple[np.ndarray, Rows | None]:
@@ -179,8 +205,8 @@ def _sections(body: memoryview, spec: CellSpec, first_exact: bool, words: int, e
     cut: list[np.ndarray] = []
     offset = 0
     for (dtype, shape), size in zip(shapes, sizes, strict=True):
-        # bytes(): aligned, so that the kernels see ordinary arrays; sections are small beside the decoded cell.
-        cut.append(np.frombuffer(bytes(body[offset : offset + size]), dtype).reshape(shape))
+        # May lie unaligned: what goes to the kernels is copied.
+        cut.append(np.frombuffer(body[offset : offset + size], dtype).reshape(shape))
         offset += size
     first, word_counts, escape_counts, bases, chosen, states, stream, escaped = cut
     if int(word_counts.sum(dtype=np.uint64)) != words or int(escape_counts.sum(dtype=np.uint64)) != escapes:

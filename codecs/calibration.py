@@ -142,6 +142,11 @@ class Calibration:
             arrays += [unit.mean, unit.forward, unit.forward_scale, unit.inverse, unit.inverse_scale, *unit.tables]
         return sum(array.nbytes for array in arrays)
 
+    @cached_property
+    def widest(self) -> int:
+        """Values a token of its widest unit."""
+        return max(unit.mean.size for unit in self.units)
+
     def level(self, name: str) -> Level | None:
         return next((level for level in self.levels if level.name == name), None)
 

@@ -29,8 +29,6 @@ class FastCodec(KVCodec):
 
     id: ClassVar[str] = "fast"
     exact: ClassVar[bool] = True
-    encode_memory: ClassVar[float] = 2.0
-    decode_memory: ClassVar[float] = 0.0
 
     @property
     def config(self) -> Mapping[str, JSON]:
@@ -39,6 +37,12 @@ class FastCodec(KVCodec):
     def max_encoded_bytes(self, spec: CellSpec) -> int:
         """Exact: every `fast` cell of a shape has this length."""
         return raw_bytes(spec) + CRC_BYTES
+
+    def encode_memory_bytes(self, spec: CellSpec) -> int:
+        return 2 * self.max_encoded_bytes(spec)
+
+    def decode_memory_bytes(self, spec: CellSpec) -> int:
+        return 0
 
     def fixed_bytes(self, spec: CellSpec) -> int:
         return self.max_encoded_bytes(spec)

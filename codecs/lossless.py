@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from lmcache_s3.codecs.arrays import check_array, contiguous, raw_bytes, storage_dtype
+from lmcache_s3.codecs.arrays import bits_of, check_array, contiguous, raw_bytes, storage_dtype
 from lmcache_s3.codecs.base import JSON, CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.header import HEADER_BYTES, unwrap, wrap
 from lmcache_s3.errors import Unusable
@@ -44,6 +44,12 @@ _VALUES_A_TABLE = 8192
 """A table takes some forty bytes: fewer values than these gain less from one more."""
 _SAMPLED_COLUMNS = 1024
 """Enough to make tables from."""
+_VALUES_AT_ONCE = 1 << 16
+_COLUMN_BYTES = 65 * 4
+"""A column's counts."""
+_SAMPLE_BYTES = 1 << 20
+_TABLES_BYTES = 1 << 19
+"""What an encoder's sample takes, and a decoder's tables."""
 
 
 class LosslessCodec(KVCodec):
@@ -51,8 +57,6 @@ class LosslessCodec(KVCodec):
 
     id: ClassVar[str] = "lossless"
     exact: ClassVar[bool] = True
-    encode_memory: ClassVar[float] = 2.5
-    decode_memory: ClassVar[float] = 0.5
 
     @property
     def config(self) -> Mapping[str, JSON]:
@@ -63,11 +67,21 @@ class LosslessCodec(KVCodec):
 
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
         check_array(cell, spec, what="cell")
-        bits = contiguous(cell, spec)
-        parts = [] if bits.size == 0 else _coded(_planes(bits, spec), spec)
-        if not 0 < sum(map(len, parts)) < _FIXED.size + raw_bytes(spec):
-            parts = [_FIXED.pack(VERSION, RAW, _DTYPES[spec.kv_dtype], 0, 0, 0), bits.tobytes()]
+        parts = _coded(_planes(contiguous(cell, spec), spec), spec) if cell.size else None
+        if parts is None or sum(map(len, parts)) >= _FIXED.size + raw_bytes(spec):
+            parts = [_FIXED.pack(VERSION, RAW, _DTYPES[spec.kv_dtype], 0, 0, 0), bits_of(cell, spec)]
         return wrap(parts, spec, position)
+
+    def encode_memory_bytes(self, spec: CellSpec) -> int:
+        """A copy of the cell, or of its parts, and the result."""
+        n, columns = spec.shape[0] * spec.shape[1], spec.shape[3] * spec.shape[4]
+        of_block = 3 * max(_rows_at_once(columns) * columns, n * columns)
+        return 2 * raw_bytes(spec) + of_block + _COLUMN_BYTES * columns + 32 * n * columns + _SAMPLE_BYTES
+
+    def decode_memory_bytes(self, spec: CellSpec) -> int:
+        """A copy of all that is coded."""
+        kv, layers, _, heads, channels = spec.shape
+        return raw_bytes(spec) + 24 * kv * layers * heads * channels + _TABLES_BYTES
 
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
         check_array(out, spec, what="out")
@@ -97,8 +111,13 @@ def _planes(cell: np.ndarray, spec: CellSpec) -> np.ndarray:
 # ---- encoding --------------------------------------------------------------------------------------------------------
 
 
-def _coded(planes: np.ndarray, spec: CellSpec) -> list[Buffer]:
-    """The payload of mode 1, in parts."""
+def _rows_at_once(columns: int) -> int:
+    """So many rows are coded at once; before them lies a multiple of the coder's lanes."""
+    return 64 * max(1, _VALUES_AT_ONCE // (64 * columns))
+
+
+def _coded(planes: np.ndarray, spec: CellSpec) -> list[Buffer] | None:
+    """The payload of mode 1, in parts; None where it cannot be smaller than the raw cell."""
     from lmcache_s3.kernels import column_rans as rans  # numba only where it is needed
     from lmcache_s3.kernels import column_tables, float_planes
 
@@ -111,34 +130,57 @@ def _coded(planes: np.ndarray, spec: CellSpec) -> list[Buffer]:
     frequencies = _first_tables(planes, bases, layout)
     cost, pooled = column_tables.costs(frequencies), np.zeros(frequencies.shape, np.int64)
     # Symbols are made twice, once to count them and once to code them: cheaper than memory for all of them.
-    symbols, chosen = np.empty((tokens, columns), np.uint8), np.empty((n, columns), np.uint8)
+    blocks = [slice(row, row + _rows_at_once(columns)) for row in range(0, tokens, _rows_at_once(columns))]
+    symbols = np.empty((min(tokens, _rows_at_once(columns)), columns), np.uint8)
+    chosen = np.empty((n, columns), np.uint8)
     counts = np.empty((columns, layout.escape + 1), np.uint32)
-    raw, escapes = np.empty((n, layout.raw_bytes(tokens * columns)), np.uint8), []
+    escapes: list[np.ndarray] = []
+    room = planes.nbytes - n * layout.raw_bytes(tokens * columns)
     for plane in range(n):
         counts[:] = 0
-        float_planes.split(planes[plane], bases[plane], layout, symbols, counts)
-        if escaped := int(counts[:, layout.escape].sum()):
-            escapes.append(float_planes.escapes_of(planes[plane], symbols, escaped, layout))
+        met = 0
+        for rows in blocks:
+            items = planes[plane, rows]
+            some = symbols[: len(items)]
+            float_planes.split(items, bases[plane], layout, some, counts)
+            escaped = int(counts[:, layout.escape].sum()) - met
+            met += escaped
+            room -= 2 * escaped
+            if room <= 0:
+                return None
+            if escaped:
+                escapes.append(float_planes.escapes_of(items, some, escaped, layout))
         column_tables.assign(counts, cost, pooled, chosen[plane])
-        float_planes.pack(planes[plane], layout, raw[plane])
     distances = bases - plane_bases[:, None].astype(np.uint8)
     sides = [np.bincount(side.reshape(-1), minlength=layout.escape + 1) for side in (chosen, distances)]
     frequencies = rans.normalised(np.concatenate((pooled, sides)))
     tables, states = rans.encoding_tables(frequencies), np.full(rans.LANES, rans.IDLE, np.uint32)
-    room, words = np.empty(max(tokens, n) * columns + rans.LANES, np.uint16), []
+    spare = max(symbols.size, n * columns) + rans.LANES
+    words = np.empty(min(room // 2, planes.size + 2 * n * columns) + spare, np.uint16)
+    place = len(words)
     for plane in range(n - 1, -1, -1):
-        float_planes.split(planes[plane], bases[plane], layout, symbols, None)
-        place = rans.encode(symbols, chosen[plane], tables, states, room, len(room))
-        words.append(room[place:].astype("<u2").tobytes())
+        for rows in reversed(blocks):
+            if place < spare:  # more words than there may be
+                return None
+            items = planes[plane, rows]
+            float_planes.split(items, bases[plane], layout, symbols[: len(items)], None)
+            place = rans.encode(symbols[: len(items)], chosen[plane], tables, states, words, place)
     for side, table in ((distances, len(pooled) + 1), (chosen, len(pooled))):
-        place = rans.encode(side, np.full(columns, table, np.uint8), tables, states, room, len(room))
-        words.append(room[place:].astype("<u2").tobytes())
-    outside = np.concatenate(escapes) if escapes else np.empty(0, np.uint16)
-    n_words = sum(map(len, words)) // 2
-    fixed = _FIXED.pack(VERSION, CODED, _DTYPES[spec.kv_dtype], len(frequencies), n_words, len(outside))
-    sections = (plane_bases.astype(np.uint8), states.astype("<u4"))
-    before = (fixed, column_tables.write(frequencies), *(section.tobytes() for section in sections))
-    return [*before, *reversed(words), outside.astype("<u2").tobytes(), raw.data.cast("B")]
+        if place < spare:
+            return None
+        place = rans.encode(side, np.full(columns, table, np.uint8), tables, states, words, place)
+    n_escapes = sum(map(len, escapes))
+    fixed = _FIXED.pack(VERSION, CODED, _DTYPES[spec.kv_dtype], len(frequencies), len(words) - place, n_escapes)
+    sections = (plane_bases.astype(np.uint8), states.astype("<u4"), words[place:], *escapes)
+    raw = np.empty((n, layout.raw_bytes(tokens * columns)), np.uint8)
+    for plane in range(n):
+        float_planes.pack(planes[plane], layout, raw[plane])
+    return [fixed, column_tables.write(frequencies), *map(_little, sections), raw.reshape(-1).data]
+
+
+def _little(section: np.ndarray) -> memoryview:
+    """Its bytes, little-endian; a copy only where they are not so already."""
+    return section.astype(section.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
 
 
 def _first_tables(planes: np.ndarray, bases: np.ndarray, layout: FloatLayout) -> np.ndarray:
@@ -153,9 +195,11 @@ def _first_tables(planes: np.ndarray, bases: np.ndarray, layout: FloatLayout) ->
 
 def _groups(counts: np.ndarray, window: int) -> np.ndarray:
     """A first guess of columns that belong together: sign, place in the window and spread, each in a few steps."""
-    wide = counts.astype(np.int64)
-    negative, both = wide[:, window : 2 * window].sum(axis=1), wide[:, :window] + wide[:, window : 2 * window]
-    total, place = np.maximum(both.sum(axis=1), 1), np.arange(window)
+    # Of 65,536 tokens at most: all that follows stays below 2³¹.
+    narrow = counts.view(np.int32)
+    negative = narrow[:, window : 2 * window].sum(axis=1, dtype=np.int32)
+    both = narrow[:, :window] + narrow[:, window : 2 * window]
+    total, place = np.maximum(both.sum(axis=1), 1), np.arange(window, dtype=np.int32)
     mean = (both @ place) * 4 // total
     spread = (both @ place**2) // total - ((both @ place) // total) ** 2
     groups: np.ndarray = ((negative * 5 // total) * 1024 + mean) * 4 + np.searchsorted([3, 8, 24], spread)

@@ -45,6 +45,10 @@ class SafetensorsCodec(KVCodec):
     def max_encoded_bytes(self, spec: CellSpec) -> int:
         return HEADER_BYTES + _LENGTH_BYTES + _MAX_JSON_BYTES + raw_bytes(spec)
 
+    def decode_memory_bytes(self, spec: CellSpec) -> int:
+        """The library copies the file before it takes it apart."""
+        return 3 * self.max_encoded_bytes(spec)
+
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
         check_array(cell, spec, what="cell")
         bits = contiguous(cell, spec)

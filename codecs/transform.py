@@ -26,11 +26,15 @@ from lmcache_s3.codecs.base import JSON, CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.calibration import Calibration
 from lmcache_s3.codecs.header import HEADER_BYTES, said_position, unwrap, wrap
 from lmcache_s3.codecs.transform_encoding import coded
-from lmcache_s3.codecs.transform_layout import Layout, Placed, layout_of, place_of, rotation_of
+from lmcache_s3.codecs.transform_layout import Layout, layout_of, place_of, rotation_of
 from lmcache_s3.codecs.transform_payload import FIXED_BYTES, RAW, Fixed, Parts, read_fixed, read_sections
 from lmcache_s3.errors import Invalid, Unusable
 from lmcache_s3.types import Buffer
 
+_PANEL_BYTES = 64 * 7
+"""Of a value that is multiplied: those of 64 tokens as int16, and their sums of as many coefficients."""
+_SPARE_BYTES = 1 << 18
+"""For what does not grow with a unit."""
 _LEVEL = re.compile(r"[a-z0-9_]{1,32}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
@@ -69,6 +73,30 @@ class TransformCodec(KVCodec):
 
     def max_encoded_bytes(self, spec: CellSpec) -> int:
         return HEADER_BYTES + FIXED_BYTES + raw_bytes(spec)
+
+    def encode_memory_bytes(self, spec: CellSpec) -> int:
+        """Rooms for words and escapes, then a unit's coefficients, or the exact tokens and the result."""
+        raw, tokens, values = raw_bytes(spec), spec.shape[2], math.prod(spec.shape)
+        rooms = 2 * min(values, raw // 2 + tokens) + min(values, raw + tokens)
+        unit = self._widest(spec) * (2 * tokens + _PANEL_BYTES)
+        return max(rooms + max(2 * raw, unit), self._turns_bytes(spec)) + _SPARE_BYTES
+
+    def decode_memory_bytes(self, spec: CellSpec) -> int:
+        """A copy of what is coded, then a unit's pairs of coefficients and sums of some of its vectors."""
+        tokens, channels = spec.shape[2], spec.shape[4]
+        unit = 9 * tokens * (self._widest(spec) + 4) // 2 + 4 * tokens * max(64, channels + 15)
+        return raw_bytes(spec) + max(unit, self._turns_bytes(spec)) + _SPARE_BYTES
+
+    @staticmethod
+    def _turns_bytes(spec: CellSpec) -> int:
+        """Ten float64 of each token and pair of channels, while cosines and sines are made."""
+        return 40 * spec.shape[2] * spec.shape[4]
+
+    def _widest(self, spec: CellSpec) -> int:
+        """Values a token of a unit at most: of the whole cell, unless our calibration is at hand."""
+        of_cell = math.prod(spec.shape) // max(spec.shape[2], 1)
+        known = calibrations.known(self._digest) if self._digest else None
+        return of_cell if known is None else min(of_cell, known.widest)
 
     # --- encoding
 
@@ -167,7 +195,10 @@ def rotation(calibration: Calibration, first_token: int, tokens: int) -> tuple[n
 def _decode(cell: Cell, spec: CellSpec, out: np.ndarray) -> None:
     """All units into `out`. Raises `Unusable`."""
     from lmcache_s3.kernels import transform_streams
+    from lmcache_s3.kernels.float_forms import FORMS
     from lmcache_s3.kernels.rans_tables import all_tables
+    from lmcache_s3.kernels.strided import flat_view
+    from lmcache_s3.kernels.transform_values import decode_values
 
     calibration, layout, level, parts, first_token = cell
     tokens = spec.shape[2]
@@ -175,7 +206,10 @@ def _decode(cell: Cell, spec: CellSpec, out: np.ndarray) -> None:
     most = max(placed.unit.packed.pairs for placed in layout.units)
     entries, filled = np.empty((tokens, most + 1), np.int64), np.empty(tokens, np.int64)
     step = calibration.levels[level].step
-    target = _Target(out, spec.kv_dtype)
+    view = flat_view(out)
+    target = out if view is not None else np.empty(out.shape, out.dtype)
+    flat, strides = view if view is not None else flat_view(target) or (target, np.empty(0))
+    places = [int(stride) for stride in strides]
     for u, placed in enumerate(layout.units):
         unit = placed.unit
         coded = np.flatnonzero(~parts.exact[u])
@@ -184,10 +218,15 @@ def _decode(cell: Cell, spec: CellSpec, out: np.ndarray) -> None:
             entries, filled,
         ):  # fmt: skip
             raise Unusable("transform: a stream is not whole", kind="payload")
-        target.write(placed, unit.scaled(step), turns, entries, filled, coded)
+        scale, mean = unit.scaled(step)
+        decode_values(
+            unit.packed, scale, mean, unit.vectors, unit.mean.size // unit.vectors, rotation_of(unit, turns),
+            entries, filled, coded, flat, FORMS[spec.kv_dtype], place_of(placed, places),
+        )  # fmt: skip
     if not transform_streams.whole(parts.streams):
         raise Unusable("transform: a stream goes on behind its symbols", kind="payload")
-    target.finish()
+    if target is not out:
+        out[...] = target
     taken = 0
     for u in np.flatnonzero(parts.exact.any(axis=1)):
         kept, box = np.flatnonzero(parts.exact[u]), layout.units[u].box(out)
@@ -195,44 +234,3 @@ def _decode(cell: Cell, spec: CellSpec, out: np.ndarray) -> None:
         n = math.prod(shape)
         box[:, :, kept] = parts.bits[taken : taken + n].reshape(shape).transpose(1, 2, 0, 3, 4)
         taken += n
-
-
-class _Target:
-    """A cell that values are written into, unit by unit: `out` itself if the kernels can, else float32 beside it."""
-
-    def __init__(self, out: np.ndarray, kv_dtype: str) -> None:
-        from lmcache_s3.kernels.strided import flat_view
-
-        self._out, self._kv_dtype = out, kv_dtype
-        layout = flat_view(out) if kv_dtype in ("bfloat16", "float32") else None
-        self._beside: np.ndarray | None = None
-        if layout is None:
-            self._beside = np.zeros(out.shape, np.float32)
-            layout = flat_view(self._beside)
-            assert layout is not None
-        self._flat, self._strides = layout[0], [int(stride) for stride in layout[1]]
-
-    def write(
-        self,
-        placed: Placed,
-        scaled: tuple[np.ndarray, ...],
-        turns: tuple[np.ndarray, np.ndarray],
-        entries: np.ndarray,
-        filled: np.ndarray,
-        coded: np.ndarray,
-    ) -> None:
-        """Values of a unit's coded tokens."""
-        from lmcache_s3.kernels.transform_values import decode_values
-
-        unit = placed.unit
-        decode_values(
-            unit.packed, scaled[0], scaled[1], unit.vectors, unit.mean.size // unit.vectors,
-            rotation_of(unit, turns), entries, filled, coded, self._flat, place_of(placed, self._strides),
-        )  # fmt: skip
-
-    def finish(self) -> None:
-        """Everything is in `out`, though exact tokens hold anything."""
-        from lmcache_s3.codecs.dtypes import from_float32
-
-        if self._beside is not None:
-            self._out[...] = from_float32(self._beside, self._kv_dtype)

@@ -146,8 +146,8 @@ def read_sections(body: memoryview, fixed: Fixed, layout: Layout, spec: CellSpec
         size = np.dtype(dtype).itemsize * math.prod(shape)
         if size > len(body) - at:
             raise Unusable(f"transform sections need {size} bytes where {len(body) - at} are left", kind="payload")
-        # bytes(): aligned, so that the kernels see ordinary arrays; sections are small beside the decoded cell.
-        cut = np.frombuffer(bytes(body[at : at + size]), dtype).reshape(shape)
+        # May lie unaligned: what goes to the kernels is copied.
+        cut = np.frombuffer(body[at : at + size], dtype).reshape(shape)
         at += size
         return cut
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from lmcache_s3.kernels import cachegen_tiles_scalar
-from lmcache_s3.kernels.float_forms import FORMS, FloatForm, narrowed, taken
+from lmcache_s3.kernels.float_forms import FORMS, FloatForm, give, taken
 from lmcache_s3.kernels.jit import inlined, kernel
 from lmcache_s3.kernels.vectors import (
     Vector,
     as_f32,
-    bits_of_f32,
     cross1,
     cross2,
     cross4,
@@ -34,28 +33,16 @@ def _crossed(x: Vector) -> Vector:
 
 
 @inlined
-def _store(x: Vector, form: FloatForm, flat: np.ndarray, to: int) -> None:
-    """Float32 to `flat`, in the form of its numbers."""
-    bits = bits_of_f32(x)
-    if form.bias != 127:
-        store(flat, to, narrowed(x, form))
-    elif form.bits == 16:
-        store(flat, to, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-    else:
-        store(flat, to, bits)
-
-
-@inlined
 def _finish64(
     a: Vector, b: Vector, c: Vector, d: Vector, factor: np.float32, form: FloatForm, out: np.ndarray, to: int
 ) -> None:
     """The transform of a block of 64, times factor, to out[to : to + 64]."""
     a, b, c, d = a + c, b + d, a - c, b - d
     a, b, c, d = a + b, a - b, c + d, c - d
-    _store(_crossed(a) * factor, form, out, to)
-    _store(_crossed(b) * factor, form, out, to + 16)
-    _store(_crossed(c) * factor, form, out, to + 32)
-    _store(_crossed(d) * factor, form, out, to + 48)
+    give(_crossed(a) * factor, form, out, to)
+    give(_crossed(b) * factor, form, out, to + 16)
+    give(_crossed(c) * factor, form, out, to + 32)
+    give(_crossed(d) * factor, form, out, to + 48)
 
 
 @kernel
@@ -77,11 +64,11 @@ def _finish(
     elif block == 32:
         for i in range(0, channels, 32):
             a, b = load16(y, i), load16(y, i + 16)
-            _store(_crossed(a + b) * factor, form, out, to + i)
-            _store(_crossed(a - b) * factor, form, out, to + i + 16)
+            give(_crossed(a + b) * factor, form, out, to + i)
+            give(_crossed(a - b) * factor, form, out, to + i + 16)
     else:
         for i in range(0, channels, 16):
-            _store(_crossed(load16(y, i)) * factor, form, out, to + i)
+            give(_crossed(load16(y, i)) * factor, form, out, to + i)
 
 
 @inlined

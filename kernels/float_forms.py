@@ -2,7 +2,7 @@
 
 To float32 is exact (what is not finite becomes NaN); back is to nearest, ties to even, and what lies beyond the largest
 finite number becomes that, so NaN does too. bfloat16 and float32, whose exponents are float32's, go shorter ways:
-`taken` knows them, the other functions are not for them. Threads: safe, no GIL. Raises nothing.
+`taken` and `give` know them, the other functions are not for them. Threads: safe, no GIL. Raises nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmcache_s3.kernels.jit import inlined
-from lmcache_s3.kernels.vectors import Vector, as_f32, as_u32, bits_of_f32, f32_of_bits, load16, select, splat
+from lmcache_s3.kernels.vectors import Vector, as_f32, as_u32, bits_of_f32, f32_of_bits, load16, select, splat, store
 
 
 class FloatForm(NamedTuple):
@@ -72,6 +72,18 @@ def narrowed(x: Vector, form: FloatForm) -> Vector:
     large = splat(bits, (151 - form.bias - form.mantissa) << 23)
     small = bits_of_f32(f32_of_bits(magnitude) + f32_of_bits(large)) - large
     return select(magnitude < ((128 - form.bias) << 23), small, normal) | sign
+
+
+@inlined
+def give(x: Vector, form: FloatForm, flat: np.ndarray, i: int) -> None:
+    """The bits of 16 finite float32 to flat[i:]; of bfloat16 without saturation."""
+    bits = bits_of_f32(x)
+    if form.bias != 127:
+        store(flat, i, narrowed(x, form))
+    elif form.bits == 16:
+        store(flat, i, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
+    else:
+        store(flat, i, bits)
 
 
 @inlined

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lmcache_s3.kernels.float_forms import FloatForm, give, narrow
 from lmcache_s3.kernels.jit import kernel
 from lmcache_s3.kernels.transform_products import Packed, add_up, ends_of
-from lmcache_s3.kernels.vectors import as_f32, as_u16, bits_of_f32, load16, store
+from lmcache_s3.kernels.vectors import as_f32, load16, store
 
 
 class Rotation(NamedTuple):
@@ -63,17 +64,20 @@ def _turn(y: np.ndarray, at: int, pairs: int, rotation: Rotation, token: int) ->
 
 
 @kernel
-def _put_rounded(y: np.ndarray, bits: np.ndarray, at: int, flat: np.ndarray, to: int, channels: int) -> None:
-    """float32 → bfloat16, to nearest, ties to even."""
+def _put(y: np.ndarray, bits: np.ndarray, at: int, form: FloatForm, flat: np.ndarray, to: int, channels: int) -> None:
+    """A vector's float32 to `flat`, in the form of its numbers; `bits` is the same memory as u32."""
     j = 0
     while j + 16 <= channels:
-        x = bits_of_f32(load16(y, at + j))
-        store(flat, to + j, as_u16((x + ((x >> 16) & 1) + 0x7FFF) >> 16))
+        give(load16(y, at + j), form, flat, to + j)
         j += 16
     while j < channels:
         number = bits[at + j]
-        odd = (number >> np.uint32(16)) & np.uint32(1)
-        flat[to + j] = np.uint16((number + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+        if form.bias != 127:
+            number = narrow(y, bits, at + j, form)
+        elif form.bits == 16:
+            odd = (number >> np.uint32(16)) & np.uint32(1)
+            number = (number + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+        flat[to + j] = number
         j += 1
 
 
@@ -89,9 +93,10 @@ def decode_values(
     filled: np.ndarray,
     tokens: np.ndarray,
     flat: np.ndarray,
+    form: FloatForm,
     place: Place,
 ) -> None:
-    """Values of a unit's coded tokens into `flat`: u16 for bfloat16, u32 for float32 bits.
+    """Values of a unit's coded tokens into `flat`, bits of numbers of this form, u8, u16 or u32.
 
     scale, mean: float32, as `packed_columns` gives them. vectors, channels: of the unit. entries: int64 [coded token,
     ≥ pairs], filled: int64 [coded token], of `transform_streams.decode_unit`. tokens: int64, which of the cell's tokens
@@ -102,7 +107,6 @@ def decode_values(
     ends = ends_of(packed, entries, filled, tokens.size)
     y = np.empty(columns, np.float32)
     bits = y.view(np.uint32)
-    short = flat.itemsize == 2
     for block in range((vectors + packed.vectors - 1) // packed.vectors):
         first = block * packed.vectors
         n = min(packed.vectors, vectors - first)
@@ -120,8 +124,4 @@ def decode_values(
                 row = vector // place.heads
                 to = place.start + row // place.layers * place.plane + row % place.layers * place.layer
                 to += vector % place.heads * place.head + token * place.token
-                if short:
-                    _put_rounded(y, bits, v * channels, flat, to, channels)
-                else:
-                    for j in range(channels):
-                        flat[to + j] = bits[v * channels + j]
+                _put(y, bits, v * channels, form, flat, to, channels)

@@ -70,8 +70,8 @@ class TransferSettings:
 
 def check_staging(staging_bytes: int, geometry: Geometry, codec: KVCodec) -> None:
     """Raises `Invalid` if the budget does not hold one chunk on its way."""
-    encoded = codec.max_encoded_bytes(CellSpec.of(geometry, Grid()))
-    least = max(encoded + geometry.chunk_bytes, int(codec.encode_memory * geometry.chunk_bytes))
+    spec = CellSpec.of(geometry, Grid())
+    least = max(codec.max_encoded_bytes(spec) + geometry.chunk_bytes, codec.encode_memory_bytes(spec))
     if staging_bytes * STORE_SHARE < least:
         raise Invalid(
             f"staging_bytes={staging_bytes} does not hold a chunk of this model: give at least "

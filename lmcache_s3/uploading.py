@@ -195,8 +195,7 @@ class Upload:
 
     def _encode_apart(self, i: int) -> Buffer:
         budget, share = self._means.budget, self._means.share
-        raw_bytes = self.job.cells[i].nbytes
-        most = max(self._codec.max_encoded_bytes(self._spec), int(self._codec.encode_memory * raw_bytes))
+        most = max(self._codec.max_encoded_bytes(self._spec), self._codec.encode_memory_bytes(self._spec))
         budget.take(most, share)
         kept = 0
         try:

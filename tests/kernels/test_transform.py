@@ -7,8 +7,10 @@ import math
 import numpy as np
 import pytest
 
+from lmcache_s3.codecs.dtypes import from_float32
 from lmcache_s3.kernels import rans_reference as rans
 from lmcache_s3.kernels import transform_reference as reference
+from lmcache_s3.kernels.float_forms import FORMS
 from lmcache_s3.kernels.rans_tables import all_tables
 from lmcache_s3.kernels.strided import flat_view
 from lmcache_s3.kernels.transform_products import pack, packed_columns
@@ -22,6 +24,9 @@ from lmcache_s3.kernels.transform_streams import (
 )
 from lmcache_s3.kernels.transform_turns import cos_sin
 from lmcache_s3.kernels.transform_values import Place, Rotation, decode_values
+from lmcache_s3.types import STORAGE_DTYPE, KVDtype
+
+DTYPES: tuple[KVDtype, ...] = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2")
 
 
 def coefficients(live: int, tokens: int, seed: int) -> np.ndarray:
@@ -47,9 +52,9 @@ def coefficients(live: int, tokens: int, seed: int) -> np.ndarray:
         (1, 1, 1, 576, 300, 64, 1),
     ],
 )
-@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+@pytest.mark.parametrize("kv_dtype", DTYPES)
 def test_values_have_the_references_bits(
-    planes: int, layers: int, heads: int, channels: int, live: int, rotary: int, streams: int, dtype: type
+    planes: int, layers: int, heads: int, channels: int, live: int, rotary: int, streams: int, kv_dtype: KVDtype
 ) -> None:
     rng = np.random.default_rng(live)
     tokens, cell_tokens = 21, 30
@@ -63,9 +68,7 @@ def test_values_have_the_references_bits(
     turned = layers * heads if rotary else 0
     wanted = reference.decode_values(inverse, scale, mean, q, cosine[which], sine[which], vectors, turned)
 
-    around: np.ndarray = np.full((planes, layers + 1, cell_tokens, heads + 1, channels), 0x5555, np.uint16).astype(
-        dtype
-    )
+    around = np.full((planes, layers + 1, cell_tokens, heads + 1, channels), 0x55, STORAGE_DTYPE[kv_dtype])
     before, out = around.copy(), around[:, 1:, :, 1:]
     layout = flat_view(out)
     assert layout is not None
@@ -75,14 +78,10 @@ def test_values_have_the_references_bits(
     decode_values(
         packed, packed_columns(packed, scale, vectors), packed_columns(packed, mean, vectors), vectors, channels,
         Rotation(cosine.reshape(-1), sine.reshape(-1), rotary // 2, turned), entries, filled, which, layout[0],
-        Place(0, plane, layer, token, head, layers, heads),
+        FORMS[kv_dtype], Place(0, plane, layer, token, head, layers, heads),
     )  # fmt: skip
     got = out[:, :, which].transpose(2, 0, 1, 3, 4).reshape(wanted.shape)
-    if dtype is np.float32:
-        assert got.tobytes() == wanted.tobytes()
-    else:
-        bits = wanted.view(np.uint32).astype(np.uint64)
-        assert (got == (bits + 0x7FFF + (bits >> np.uint64(16) & np.uint64(1)) >> np.uint64(16))).all()
+    assert got.tobytes() == from_float32(wanted, kv_dtype).tobytes()
     out[:, :, which] = before[:, 1:, which, 1:]
     assert around.tobytes() == before.tobytes(), "written outside of what was asked for"
 
@@ -98,7 +97,7 @@ def test_sums_at_their_bound_are_exact() -> None:
     ones, nothing = np.ones(16, np.float32), np.zeros(0, np.float32)
     decode_values(
         packed, ones, np.zeros(16, np.float32), 1, 16, Rotation(nothing, nothing, 0, 0), entries, filled,
-        np.zeros(1, np.int64), layout[0], Place(0, 0, 0, 0, 0, 1, 1),
+        np.zeros(1, np.int64), layout[0], FORMS["float32"], Place(0, 0, 0, 0, 0, 1, 1),
     )  # fmt: skip
     assert (out == -2047 * 127 * 64).all()
 
