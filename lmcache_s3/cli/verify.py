@@ -96,6 +96,8 @@ def _report(
     lines += [f"removed from the index: {name}" for name in removed]
     if not removed and any(d.is_certain for d in found):
         lines.append("run it again with --repair to remove them from the index")
-    if not found and not unreadable:
+    if not work and not unreadable:
+        lines.append(f"{cli.store.url}: nothing cached yet")
+    elif not found and not unreadable:
         lines.append(f"[green]ok[/green] {extents} extent{'s' * (extents != 1)}, every byte as the index says")
     cli.emit(document, *lines)
