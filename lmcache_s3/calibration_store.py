@@ -80,7 +80,7 @@ def calibrated_codec(
     """
     if codec.id != _CALIBRATED:
         return codec
-    mend = f"run lmcache-s3 calibrate MODEL --url {store.url}"
+    mend = f"run lmcache-s3 calibrate MODEL --url {store.url} --kv-dtype {kv_dtype}"
     digest = str(codec.config["calibration"])
     with attached(store):
         try:

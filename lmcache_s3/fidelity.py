@@ -103,7 +103,7 @@ def measured_codec(
         return codec, fidelity_class(codec, max_kl)
     subject = Subject(weights, kv_dtype, chunk_tokens, codec.id, codec.level)
     measure = (
-        f"lmcache-s3 calibrate MODEL --url {store.url}"  # measures each of its levels
+        f"lmcache-s3 calibrate MODEL --url {store.url} --kv-dtype {kv_dtype}"  # measures each of its levels
         if codec.id == "transform"
         else f"lmcache-s3 bench quality --model MODEL --codec {codec.id} --level {codec.level} --save {store.url}"
     )

@@ -196,7 +196,7 @@ def best_tables(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 table, float64 bits a value) of each coefficient, by what the tables' costs promise."""
     costs = histogram @ all_tables().costs.T.astype(np.int64)
     chosen = costs.argmin(axis=1)
-    bits = costs[np.arange(len(chosen)), chosen] / (256 * histogram.sum(axis=1))
+    bits = costs[np.arange(len(chosen)), chosen] / np.maximum(256 * histogram.sum(axis=1), 1)
     return chosen.astype(np.uint8), bits
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 from rich.console import Console, RenderableType
@@ -17,9 +17,12 @@ from rich.table import Table
 from lmcache_s3.cli.common import Cli, size_text, table
 from lmcache_s3.codecs.calibration import Calibration
 from lmcache_s3.errors import Invalid, Unusable
+from lmcache_s3.types import KVDtype
 
 if TYPE_CHECKING:
     from lmcache_s3.quality.model import LayerGroup, Model
+
+_DTYPES = ", ".join(get_args(KVDtype))
 
 
 def calibrate(
@@ -36,6 +39,9 @@ def calibrate(
     stages: Annotated[int, typer.Option(min=1, help="Pipeline stages of the engines that will write.")] = 1,
     head_groups: Annotated[int, typer.Option(min=1, help="Head groups that cells are stored in.")] = 1,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, …; default: a GPU where there is one.")] = None,
+    kv_dtype: Annotated[
+        str | None, typer.Option(help=f"Of the engines' KV: {_DTYPES}. Default: the model's own.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -54,7 +60,9 @@ def calibrate(
     if out is None and cli.settings.read_only:
         raise Invalid("read_only is set: nothing can be put into the bucket; unset it, or give --out", kind="setting")
     documents = from_files(text) if text else calibration()
-    known = Model(model, device=device)
+    if kv_dtype is not None and kv_dtype not in get_args(KVDtype):
+        raise Invalid(f"--kv-dtype {kv_dtype} is none of {_DTYPES}", kind="argument", key="kv_dtype")
+    known = Model(model, device=device, kv_dtype=cast(KVDtype | None, kv_dtype))
     weights = weights_digest(known.path)
     # What would stop it at the end stops it now.
     if out is None:

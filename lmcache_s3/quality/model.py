@@ -59,10 +59,10 @@ class LayerGroup:
 class Model:
     """A causal language model and its tokenizer. path: a directory or a hub name; nothing of it is executed.
 
-    device: as torch names it; None: a GPU where there is one.
+    device: as torch names it; None: a GPU where there is one. kv_dtype: of the cache; None: the model's own dtype.
     """
 
-    def __init__(self, path: str | Path, *, device: str | None = None) -> None:
+    def __init__(self, path: str | Path, *, device: str | None = None, kv_dtype: KVDtype | None = None) -> None:
         here = Path(path).is_dir()
         if not here and not is_hub_name(str(path)):
             raise Invalid(f"model {str(path)!r}: no such directory", kind="argument", key="model")
@@ -81,16 +81,16 @@ class Model:
         transformers.logging.disable_progress_bar()
         try:
             config = transformers.AutoConfig.from_pretrained(self.path)
-            stated = str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)).removeprefix("torch.")
+            own = str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)).removeprefix("torch.")
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.path)
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             said = " ".join(str(error).split())[:200]
             where = "" if here else ", which is no directory here,"
             raise Invalid(
                 f"model {self.path!r}{where} cannot be loaded: {said}", kind="argument", key="model"
             ) from error
-        self._setup(config, stated, device)
+        self._setup(config, kv_dtype or own, device)
 
     @classmethod
     def of(cls, model: Any, *, kv_dtype: KVDtype = "bfloat16", tokenizer: Any = None) -> Model:
@@ -103,7 +103,13 @@ class Model:
     def _setup(self, config: Any, stated: str, device: str) -> None:
         self.device = device
         self.kv_dtype: KVDtype = next((known for known in get_args(KVDtype) if known == stated), "bfloat16")
-        self._model = self._model.to(device).eval()
+        try:
+            self._model = self._model.to(device).eval()
+        except (RuntimeError, AssertionError) as error:
+            said = " ".join(str(error).split())[:200]
+            raise Invalid(
+                f"model {self.name} cannot be put on device {device!r}: {said}", kind="argument", key="device"
+            ) from error
         self._config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.max_tokens = int(getattr(self._config, "max_position_embeddings", 1 << 20))
         self.groups = self._find_groups()
@@ -173,8 +179,11 @@ class Model:
 
         planes = []
         for layers in zip(*(group.planes_of(cache.layers[number]) for number in group.layers), strict=True):
-            rounded = torch.stack([one.permute(1, 0, 2) for one in layers]).to(getattr(torch, self.kv_dtype))
-            rounded = rounded.contiguous().cpu()
+            values = torch.stack([one.permute(1, 0, 2) for one in layers])
+            if self.kv_dtype not in ("bfloat16", "float32"):  # narrow ranges: the largest for what is beyond
+                most = torch.finfo(getattr(torch, self.kv_dtype)).max
+                values = values.clamp(-most, most)
+            rounded = values.to(getattr(torch, self.kv_dtype)).contiguous().cpu()
             planes.append(rounded.view(torch.uint8).numpy().view(STORAGE_DTYPE[self.kv_dtype]))
         return np.stack(planes)
 

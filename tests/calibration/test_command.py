@@ -38,7 +38,7 @@ def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fresh = calibrations.Registry(None)
     for name in ("register", "attach", "detach", "known", "find"):
         monkeypatch.setattr(calibrations, name, getattr(fresh, name))
-    monkeypatch.setattr(model_module, "Model", lambda kind, device: tiny(kind))
+    monkeypatch.setattr(model_module, "Model", lambda kind, device, kv_dtype: tiny(kind, kv_dtype or "bfloat16"))
     monkeypatch.setattr("lmcache_s3.weights.weights_digest", lambda _path: WEIGHTS)
     rng = np.random.default_rng(3)
     for i in range(6):
@@ -62,19 +62,23 @@ def kept(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "home/lmcache-s3/calibration").glob("*"))
 
 
-@pytest.mark.parametrize("kind", ["mha", "deepseek_v3"])
-def test_a_calibration_is_put_into_the_bucket_under_the_models_name(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "kv_dtype"), [("mha", "bfloat16"), ("deepseek_v3", "bfloat16"), ("llama", "float8_e4m3fn")]
+)
+def test_a_calibration_is_put_into_the_bucket_under_the_models_name(tmp_path: Path, kind: str, kv_dtype: str) -> None:
     url = f"file://{tmp_path}/bucket"
-    code, out, err = run(tmp_path, kind, "--url", url, "--json")
+    stated = () if kv_dtype == "bfloat16" else ("--kv-dtype", kv_dtype)
+    code, out, err = run(tmp_path, kind, "--url", url, "--json", *stated)
     assert code == 0, err
     said = json.loads(out)
     store = open_store(url)
-    assert read_name(store, WEIGHTS, "bfloat16") == said["calibration"]
+    assert read_name(store, WEIGHTS, kv_dtype) == said["calibration"]
     data = store.get(calibrations.key_of(said["calibration"]))
     assert said["bytes"] == len(data)
     assert said["where"].endswith(f"bucket/calibrations/{said['calibration']}.safetensors")
     made = Calibration.from_bytes(data)
-    assert (made.kv, made.heads, made.head_dim) == {"mha": (2, 4, 16), "deepseek_v3": (1, 1, 32)}[kind]
+    shapes = {"mha": (2, 4, 16), "deepseek_v3": (1, 1, 32), "llama": (2, 2, 16)}
+    assert (made.kv_dtype, made.kv, made.heads, made.head_dim) == (kv_dtype, *shapes[kind])
     assert made.about["weights"] == WEIGHTS
     assert kept(tmp_path) == []
 
@@ -116,6 +120,13 @@ def test_a_place_that_cannot_be_written_is_told_first(
     code, _, err = run(tmp_path, "llama", "--out", tmp_path / out)
     assert code == 2
     assert "cannot be written" in err
+
+
+def test_a_dtype_that_is_none_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    computes_nothing(monkeypatch)
+    code, _, err = run(tmp_path, "llama", "--out", tmp_path / "made", "--kv-dtype", "fp8")
+    assert code == 2
+    assert "float8_e4m3fn" in err
 
 
 def test_a_store_that_does_not_answer_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

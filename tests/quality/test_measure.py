@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmcache_s3.codecs.base import CellPosition, CellSpec
+from lmcache_s3.codecs.dtypes import to_float32
 from lmcache_s3.codecs.registry import make_codec
 from lmcache_s3.errors import Invalid
 from lmcache_s3.quality import needle
@@ -15,7 +16,7 @@ from lmcache_s3.quality.coding import CodecCoder, through
 from lmcache_s3.quality.measure import GREEDY_TOKENS, Mean, Score, Trial, compare, context_of, same_answer, summary
 from lmcache_s3.testing.small import same_bits
 from lmcache_s3.testing.tiny_model import VOCABULARY, tiny
-from lmcache_s3.types import Grid
+from lmcache_s3.types import Grid, KVDtype
 
 torch = pytest.importorskip("torch", reason="runs a model: pip install 'lmcache-s3[quality]'")
 transformers = pytest.importorskip("transformers", reason="runs a model: pip install 'lmcache-s3[quality]'")
@@ -50,6 +51,17 @@ def test_layers_are_grouped_by_what_their_cache_is_like() -> None:
     sliding, full = tiny("gemma").groups
     assert (sliding.layers, sliding.group.window, full.layers, full.group.window) == ((0, 2), 24, (1,), None)
     assert [kv.shape for kv in tiny("gemma").prefill(TOKENS[:32])] == [(2, 2, 32, 2, 16), (2, 1, 32, 2, 16)]
+
+
+@pytest.mark.parametrize("kv_dtype", ["float16", "float8_e4m3fn"])
+def test_values_beyond_a_narrow_dtype_become_its_largest(kv_dtype: KVDtype) -> None:
+    model = tiny(kv_dtype=kv_dtype)
+    with torch.no_grad():
+        model.module.model.layers[1].self_attn.v_proj.weight *= 1e6
+    (kv,) = model.prefill(TOKENS[:32])
+    values = to_float32(kv, kv_dtype)
+    assert np.isfinite(values).all()
+    assert np.abs(values[1, 1]).max() == {"float16": 65504, "float8_e4m3fn": 448}[kv_dtype]
 
 
 @pytest.mark.parametrize("codec", ["fast", "safetensors"])
