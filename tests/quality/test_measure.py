@@ -64,6 +64,13 @@ def test_values_beyond_a_narrow_dtype_become_its_largest(kv_dtype: KVDtype) -> N
     assert np.abs(values[1, 1]).max() == {"float16": 65504, "float8_e4m3fn": 448}[kv_dtype]
 
 
+def test_a_device_that_is_not_there_is_told() -> None:
+    model = tiny()
+    with pytest.raises(Invalid, match="device 'nowhere'") as caught:
+        model._setup(model.module.config, "bfloat16", "nowhere")
+    assert caught.value.key == "device"
+
+
 @pytest.mark.parametrize("codec", ["fast", "safetensors"])
 @pytest.mark.parametrize("grid", [Grid(), Grid(3, 2), Grid(2, 1)])
 def test_an_exact_codec_gives_the_bits_back_in_any_grid(codec: str, grid: Grid) -> None:
