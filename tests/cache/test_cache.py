@@ -300,6 +300,12 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         open_cache(fresh_memory_url(), staging_bytes=100)
 
 
+def test_sizes_of_little_use_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    with open_cache(fresh_memory_url(), extent_bytes=10):
+        (said,) = caplog.messages
+    assert said.startswith("extent_bytes=10 is less than one chunk of this model")
+
+
 def test_short_prompts_can_be_left_out() -> None:
     with open_cache(fresh_memory_url(), store_min_tokens=3 * N) as cache:
         assert cache.store(random_tokens(2 * N), random_kv(SPACE, 2 * N)).result(5).stored_chunks == 0

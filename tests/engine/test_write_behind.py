@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.outputs import KVConnectorOutput
 from vllm.v1.request import Request
 
+from lmcache_s3.errors import Invalid
 from lmcache_s3.integrations.vllm.metadata import StepOrders, StoredPart
 from lmcache_s3.tiers.stores.open import open_store
 from tests.engine.test_roles import BLOCK, CHUNK, HEADS, Blocks, Engine, prompt
@@ -101,6 +102,11 @@ def test_what_rests_when_the_process_dies_is_lost_and_leaves_nothing(url: str) -
     b = Engine(url)
     assert b.ask(tokens, "b") == 0
     b.close()
+
+
+def test_memory_in_which_nothing_can_rest_is_refused(url: str) -> None:
+    with pytest.raises(Invalid, match="write_behind_bytes: 65536 holds no chunk of this model"):
+        Engine(url, 2, write_behind_s=600, write_behind_bytes="64KiB")
 
 
 def test_more_than_may_rest_is_given_up_and_computed_again(url: str) -> None:
