@@ -47,15 +47,16 @@ def test_the_deadline_leaves_what_is_whole_and_silences_the_sink(make: MakeTrans
 def test_a_sink_under_way_at_the_deadline_ends_before_the_handle(make: MakeTransfer) -> None:
     transfer = make()
     chunks = upload(transfer, random_kv(SPACE, 3 * N))
-    ended = threading.Event()
+    begun, ended = threading.Event(), threading.Event()
 
     def sink(*_: object) -> None:
+        begun.set()
         time.sleep(0.2)
         ended.set()
 
     handle = transfer.load(chunks, sink, deadline_s=0.05)
     report = handle.result(5)
-    assert ended.is_set()
+    assert ended.is_set() or not begun.is_set(), "on a busy machine none may begin in time"
     assert report.loaded_chunks < 3
 
 

@@ -67,19 +67,17 @@ def await_waiting(transfer: Transfer, cells: int) -> None:
         time.sleep(0.001)
 
 
-@pytest.mark.parametrize("codec", ["fast", "lossless", "cachegen"])
+@pytest.mark.parametrize("codec", ["fast", "safetensors", "torch"])
 def test_many_loads_of_one_prompt_fetch_it_once(
     make: MakeTransfer, store: CountingStore, gate: GatedStore, codec: str
 ) -> None:
-    kv = random_kv(SPACE, 8 * N) & 0x3FFF  # finite numbers, for who computes with them
-    writer = make(codec=codec)
-    chunks = upload(writer, kv)
-    alone = load(writer, chunks)[0]
+    kv = random_kv(SPACE, 8 * N)
+    chunks = upload(make(codec=codec), kv)
     transfer = make(over=gate, codec=codec)
     loads = [Loading(transfer, chunks) for _ in range(6)]
     gate.open()
     assert [one.report().loaded_chunks for one in loads] == [8] * 6
-    assert all(same_bits(one.out, alone) for one in loads)
+    assert all(same_bits(one.out, kv) for one in loads)
     stored = sum(chunk.cell(0).length for chunk in chunks)
     assert sum(n_bytes for _, n_bytes in gate.asked) == stored
     assert sum(one.report().requests for one in loads) == len(gate.asked) == 1
