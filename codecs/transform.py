@@ -84,7 +84,7 @@ class TransformCodec(KVCodec):
     def decode_memory_bytes(self, spec: CellSpec) -> int:
         """A copy of what is coded, then a unit's pairs of coefficients and sums of some of its vectors."""
         tokens, channels = spec.shape[2], spec.shape[4]
-        unit = 9 * tokens * (self._widest(spec) + 4) // 2 + 4 * tokens * max(64, channels + 15)
+        unit = 9 * tokens * (self._widest(spec) + 4) // 2 + 4 * tokens * max(256, channels + 15)
         return raw_bytes(spec) + max(unit, self._turns_bytes(spec)) + _SPARE_BYTES
 
     @staticmethod

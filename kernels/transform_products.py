@@ -25,19 +25,19 @@ from lmcache_s3.kernels.vectors import (
     store,
 )
 
-_TOGETHER = 64
-"""Values of vectors that are computed at once, if a vector is not longer."""
+_TOGETHER = 128
+"""Values of vectors that are computed at once, about, if a vector is not longer."""
 _LANES = 16
-_SLICE = 64
+_SLICE = 128
 _LINE = 64
-_SOME_PAIRS = 96
+_SOME_PAIRS = 48
 """A slice's weights of so many pairs are 24 KiB: they stay in the first cache while all tokens pass."""
 
 
 class Packed(NamedTuple):
     """A unit's `inverse`, its values in *blocks* of whole vectors, padded to a multiple of 16 *columns*.
 
-    weights: int16, flat: [block], its *slices* of 64 columns (the last may be of fewer), each [pair, column, 2]. A pair
+    weights: int16, flat: [block], its *slices* of 128 columns (the last may be of fewer), each [pair, column, 2]. A pair
     is two coefficients that follow one another in a stream; what is missing is 0. first_pairs: int64 [stream], the
     number of each stream's first pair. pairs: of a slice. vectors, columns: of a block.
     """
@@ -59,7 +59,7 @@ def pack(inverse: np.ndarray, vectors: int, streams: int) -> Packed:
         firsts.append(len(order) // 2)
         order += range(stream, live, streams)
         order += [live] * (len(order) % 2)
-    together = max(1, _TOGETHER // channels)
+    together = _together(vectors, channels)
     blocks = -(-vectors // together)
     columns = -(-together * channels // _LANES) * _LANES
     rows = np.zeros((live + 1, blocks * together * channels), np.int16)
@@ -71,6 +71,13 @@ def pack(inverse: np.ndarray, vectors: int, streams: int) -> Packed:
         block[:, column : column + _SLICE].reshape(-1) for block in weights for column in range(0, columns, _SLICE)
     ]
     return Packed(aligned(np.concatenate(slices)), np.array(firsts, np.int64), len(order) // 2, together, columns)
+
+
+def _together(vectors: int, channels: int) -> int:
+    """Vectors of a block: about as many as fill a slice, such that little is padded."""
+    most = max(1, _TOGETHER // channels)
+    tried = (most, -(-vectors // max(1, vectors // most)))
+    return min(tried, key=lambda together: -(-vectors // together) * together)
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
@@ -106,6 +113,37 @@ def _products(_typing: Any, weights: Any, pair: Any) -> Any:
         return _paired_products(builder, values[0], pairs)
 
     return _signature(result, [weights, pair], generate)
+
+
+@kernel
+def _add_128(
+    weights: np.ndarray, start: int, entries: np.ndarray, i: int, end: int, totals: np.ndarray, at: int
+) -> None:
+    t0, t1 = load16(totals, at), load16(totals, at + 16)
+    t2, t3 = load16(totals, at + 32), load16(totals, at + 48)
+    t4, t5 = load16(totals, at + 64), load16(totals, at + 80)
+    t6, t7 = load16(totals, at + 96), load16(totals, at + 112)
+    while i < end:
+        entry = entries[i]
+        pair = np.int32(entry)
+        of_pair = start + (entry >> 32) * 256
+        t0 = t0 + _products(load32(weights, of_pair), pair)
+        t1 = t1 + _products(load32(weights, of_pair + 32), pair)
+        t2 = t2 + _products(load32(weights, of_pair + 64), pair)
+        t3 = t3 + _products(load32(weights, of_pair + 96), pair)
+        t4 = t4 + _products(load32(weights, of_pair + 128), pair)
+        t5 = t5 + _products(load32(weights, of_pair + 160), pair)
+        t6 = t6 + _products(load32(weights, of_pair + 192), pair)
+        t7 = t7 + _products(load32(weights, of_pair + 224), pair)
+        i += 1
+    store(totals, at, t0)
+    store(totals, at + 16, t1)
+    store(totals, at + 32, t2)
+    store(totals, at + 48, t3)
+    store(totals, at + 64, t4)
+    store(totals, at + 80, t5)
+    store(totals, at + 96, t6)
+    store(totals, at + 112, t7)
 
 
 @kernel
@@ -180,6 +218,8 @@ def add_up(packed: Packed, block: int, entries: np.ndarray, ends: np.ndarray, to
                 i = ends[part, token]
                 end = ends[part + 1, token]
                 if width == _SLICE:
+                    _add_128(packed.weights, start, every, i, end, totals, token * columns + first)
+                elif width == 64:
                     _add_64(packed.weights, start, every, i, end, totals, token * columns + first)
                 else:
                     for column in range(0, width, 16):
