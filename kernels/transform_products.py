@@ -37,8 +37,8 @@ _SOME_PAIRS = 48
 class Packed(NamedTuple):
     """A unit's `inverse`, its values in *blocks* of whole vectors, padded to a multiple of 16 *columns*.
 
-    weights: int16, flat: [block], its *slices* of 128 columns (the last may be of fewer), each [pair, column, 2]. A pair
-    is two coefficients that follow one another in a stream; what is missing is 0. first_pairs: int64 [stream], the
+    weights: int16, flat: [block], its *slices* of 128 columns (the last may be of fewer), each [pair, column, 2]. A
+    pair is two coefficients that follow one another in a stream; what is missing is 0. first_pairs: int64 [stream], the
     number of each stream's first pair. pairs: of a slice. vectors, columns: of a block.
     """
 
