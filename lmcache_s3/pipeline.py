@@ -26,6 +26,7 @@ import numpy as np
 
 from lmcache_s3.budget import ByteBudget
 from lmcache_s3.codecs.base import CellSpec, KVCodec
+from lmcache_s3.coded import Coded, CodedSink
 from lmcache_s3.errors import LMCacheS3Error, Missing, Unavailable, Unusable
 from lmcache_s3.handle import Work
 from lmcache_s3.in_flight import InFlight
@@ -45,10 +46,10 @@ _TASK_BYTES = 1 << 20
 
 
 class Fetched(NamedTuple):
-    """A good cell: its stored bytes, and what they decode to; None where nobody wants that."""
+    """A good cell: its stored bytes, and what they decode to (or are to, by a sink); None where nobody wants that."""
 
     data: Buffer
-    decoded: np.ndarray | None
+    decoded: np.ndarray | Coded | None
 
 
 Outcome: TypeAlias = Fetched | LMCacheS3Error | None
@@ -87,15 +88,21 @@ class Load:
     """The state of one load while its pieces run. Thread-safe.
 
     sink: None to fetch only. on_fetched: of cells that did not come from the fastest tier, to promote them; before the
-    work ends.
+    work ends. coded: takes cells before `sink` does, undecoded.
     """
 
     def __init__(
-        self, means: Means, chunks: Sequence[ChunkRef], plan: Plan, sink: Sink | None, on_fetched: OnFetched
+        self,
+        means: Means,
+        chunks: Sequence[ChunkRef],
+        plan: Plan,
+        sink: Sink | None,
+        on_fetched: OnFetched,
+        coded: CodedSink | None = None,
     ) -> None:
         self._means = means
         self._chunks = chunks
-        self._sink = sink
+        self._sink, self._coded = sink, coded
         self._on_fetched = on_fetched
         self._lock = threading.Lock()
         self._missing = Counter(plan.shards)
@@ -287,27 +294,39 @@ class Load:
             self._fail([part], e)
             return e
         self._hand_over(part, decoded)
+        if isinstance(decoded, Coded) and decoded.unusable is not None:
+            return decoded.unusable
         return Fetched(data, decoded)
 
-    def _hand_over(self, part: Part, decoded: np.ndarray | None) -> bool:
+    def _hand_over(self, part: Part, decoded: np.ndarray | Coded | None) -> bool:
         # No closure: a traceback through one would keep the memory.
         return self.work.deliver(functools.partial(self._deliver, part, decoded), part.cell.length)
 
-    def _decoded(self, codec: KVCodec, data: Buffer, spec: CellSpec, part: Part) -> np.ndarray | None:
+    def _decoded(self, codec: KVCodec, data: Buffer, spec: CellSpec, part: Part) -> np.ndarray | Coded | None:
         """The cell; None where nobody wants it decoded."""
         if self._sink is None:
             return None
+        if self._coded is not None and (coded := self._coded.read(codec, data, spec, part.position)) is not None:
+            return coded
         out = codec.view(data, spec, part.position)  # spares a copy of everything
         if out is None:
             dtype = np.dtype(self._means.geometry.storage_dtype)
             n = int(np.prod(spec.shape)) * dtype.itemsize
             out = np.frombuffer(self._means.buffers.take(n), dtype).reshape(spec.shape)
             codec.decode(data, spec, part.position, out)
+            out.flags.writeable = False  # others may get it, too
         return out
 
-    def _deliver(self, part: Part, out: np.ndarray | None) -> None:
-        if self._sink is not None and out is not None:
+    def _deliver(self, part: Part, out: np.ndarray | Coded | None) -> None:
+        if isinstance(out, Coded) and self._coded is not None:
+            out.unusable = self._coded.put(part.chunk, part.layers, part.heads, out)
+            if out.unusable is not None:
+                self._means.stack.discard([part.cell])
+                self._fail([part], out.unusable)
+                return
+        elif self._sink is not None and out is not None:
             cell = part.cell
+            out = out.decoded() if isinstance(out, Coded) else out
             cut = cut_cell(self._means.geometry, cell.grid, cell.shard, part.layers, part.heads, out)
             self._sink(part.chunk, part.layers, part.heads, cut)
         with self._lock:

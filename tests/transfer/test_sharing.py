@@ -251,6 +251,18 @@ def test_damage_is_found_once_and_told_to_all(
     assert at_rest(transfer)
 
 
+@pytest.mark.parametrize("codec", [FastCodec(), CopiedCodec()], ids=["viewed", "decoded"])
+def test_no_sink_can_change_what_the_next_one_gets(make: MakeTransfer, codec: KVCodec) -> None:
+    transfer = make(codec=codec)
+    chunks = upload(transfer, random_kv(SPACE, N))
+
+    def writes(_chunk: int, _layers: range, _heads: range, cell: np.ndarray) -> None:
+        cell[:] = 0
+
+    with pytest.raises(ValueError, match="read-only"):
+        transfer.load(chunks, writes).result(20)
+
+
 def test_a_lie_about_a_chunk_is_not_shared(make: MakeTransfer, gate: GatedStore) -> None:
     """The same cell, but said to belong elsewhere: its header says no, to who claims that and to nobody else."""
     kv = random_kv(SPACE, N)
