@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 vllm = pytest.importorskip("vllm", reason="the real vLLM is needed: make setup")
 
 from lmcache_s3.errors import Invalid  # noqa: E402
-from lmcache_s3.integrations.vllm.layout import host_layers, learn_plane_map  # noqa: E402
+from lmcache_s3.integrations.vllm.blocks import EngineBlocks  # noqa: E402
+from lmcache_s3.integrations.vllm.layout import host_layers, learn_plane_map, scratch_like  # noqa: E402
 from lmcache_s3.kernels import paged  # noqa: E402
 
 pytestmark = pytest.mark.engine
@@ -75,3 +77,29 @@ def test_a_backend_that_writes_past_its_block_is_refused() -> None:
     attention = SimpleNamespace(impl=Impl(), dtype=torch.bfloat16)
     with pytest.raises(Invalid, match="outside its block"):
         learn_plane_map(attention, torch.zeros(2, 2, 8, 16, dtype=torch.bfloat16), 8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "storage"),
+    [(torch.bfloat16, "u2"), (torch.float8_e4m3fn, "u1"), (torch.uint8, "u1"), (torch.float32, "f4")],
+)
+def test_a_devices_copies_are_the_hosts(dtype: torch.dtype, storage: str) -> None:
+    """What runs where blocks lie on a GPU, on memory that the host sees, too: a permuted layout, bits of any kind."""
+    slots, heads, channels = 4, 3, 8
+    view = torch.zeros(7, slots, heads, 2 * channels, dtype=dtype).transpose(1, 2)
+    plane = paged.PlaneMap.standard(2, slots, channels)
+    views = [scratch_like(view, 7) for _ in range(2)]
+    assert views[0].stride() == view.stride()
+    host = EngineBlocks(range(2), range(heads), 1, slots, np.dtype(storage), plane, views, host_layers(views, plane))
+    device = dataclasses.replace(host, host=None)
+    ids = np.array([5, 2])
+    bits = np.random.default_rng(0).integers(
+        0, 256, (2, 2, 2 * slots, 2, channels * np.dtype(storage).itemsize), np.uint8
+    )
+    cell = bits.view(storage)
+    device.scatter(ids, range(2), range(1, 3), cell)
+    assert host.gather(ids)[:, :, :, 1:].tobytes() == cell.tobytes()
+    assert device.gather(ids).tobytes() == host.gather(ids).tobytes()
+    assert not host.gather(np.array([0, 1, 3, 4, 6])).view(np.uint8).any()
+    twin = host.twin(3, 1)
+    assert (len(twin.views), twin.views[0].shape, twin.views[0].stride()) == (1, (3, *view.shape[1:]), view.stride())

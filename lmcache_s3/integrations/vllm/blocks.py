@@ -7,14 +7,14 @@ the scheduler's; where the attention kernels use smaller blocks than the schedul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from lmcache_s3.errors import Bug, Invalid
-from lmcache_s3.integrations.vllm.layout import host_layers, learn_plane_map
+from lmcache_s3.integrations.vllm.layout import host_layers, learn_plane_map, scratch_like
 from lmcache_s3.integrations.vllm.model import ModelFacts, rank_layers
 from lmcache_s3.kernels import paged
 from lmcache_s3.types import ITEM_BYTES, STORAGE_DTYPE, Geometry, Grid
@@ -114,7 +114,7 @@ class EngineBlocks:
             return out.view(self.storage)
         device = self.views[0].device
         block_ids, index = torch.from_numpy(ids).to(device), torch.from_numpy(self.plane.index).to(device)
-        whole = torch.stack([paged.gather_torch(view, block_ids, index) for view in self.views], dim=1)
+        whole = torch.stack([paged.gather_torch(integers(view), block_ids, index) for view in self.views], dim=1)
         return _bits(whole.cpu()).view(self.storage)
 
     def mark(self) -> torch.cuda.Event | None:
@@ -141,13 +141,29 @@ class EngineBlocks:
         view = self.views[0]
         if after is not None:
             torch.cuda.current_stream(view.device).wait_event(after)
-        block_ids, index = torch.from_numpy(ids).to(view.device), torch.from_numpy(self.plane.index).to(view.device)
-        whole = torch.from_numpy(np.ascontiguousarray(bits)).to(view.device).view(view.dtype)
-        for i, place in enumerate(layers):
-            layer = self.views[place - self.layers.start]
-            paged.scatter_torch(layer, block_ids, index, first_head, whole[:, i])
+        self.scatter_there(ids, layers, heads, torch.from_numpy(np.ascontiguousarray(bits)).to(view.device))
         if view.device.type == "cuda":
             torch.cuda.current_stream(view.device).synchronize()
+
+    def scatter_there(self, ids: np.ndarray, layers: range, heads: range, cell: torch.Tensor) -> None:
+        """`scatter` of a cell, unsigned integers, that lies on the blocks' device; queued on its current stream."""
+        view = self.views[0]
+        block_ids, index = torch.from_numpy(ids).to(view.device), torch.from_numpy(self.plane.index).to(view.device)
+        for i, place in enumerate(layers):
+            layer = integers(self.views[place - self.layers.start])
+            paged.scatter_torch(layer, block_ids, index, heads.start - self.heads.start, integers(cell[:, i]))
+
+    def twin(self, blocks: int, layers: int) -> EngineBlocks:
+        """So many blocks of memory of our own, zeros, laid out as the engine's: of a model of so many layers and this
+        rank's heads."""
+        views = [scratch_like(view, blocks) for view in self.views[:layers]]
+        host = None if self.host is None else host_layers(views, self.plane)
+        return replace(self, layers=range(layers), heads=range(len(self.heads)), views=views, host=host)
+
+
+def integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as signed integers, which every device can index; fp8 and unsigned ones not all can."""
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.dtype.itemsize])
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:

@@ -56,16 +56,21 @@ def learn_plane_map(attention: Any, view: torch.Tensor, head_dim: int) -> PlaneM
     return PlaneMap(index.reshape(2, slots, head_dim))
 
 
+def scratch_like(view: torch.Tensor, blocks: int) -> torch.Tensor:
+    """So many blocks of zeros, shaped otherwise and laid out as an engine layer `[block, head, slot, content]`."""
+    strides = view.stride()
+    order = sorted(range(4), key=lambda axis: -strides[axis])
+    shape = (blocks, *view.shape[1:])
+    memory = torch.zeros([shape[axis] for axis in order], dtype=view.dtype, device=view.device)
+    return memory.permute([order.index(axis) for axis in range(4)])
+
+
 class _Writer:
     """A scratch cache of two blocks, written through the attention backend itself; block 1 is used, 0 must stay."""
 
     def __init__(self, attention: Any, view: torch.Tensor, head_dim: int) -> None:
         self._attention, self._head_dim = attention, head_dim
-        strides = view.stride()
-        order = sorted(range(4), key=lambda axis: -strides[axis])
-        shape = (2, *view.shape[1:])
-        memory = torch.zeros([shape[axis] for axis in order], dtype=view.dtype, device=view.device)
-        self._cache = memory.permute([order.index(axis) for axis in range(4)])
+        self._cache = scratch_like(view, 2)
         self._slots = torch.arange(view.shape[2], device=view.device) + view.shape[2]
         self._dtype = getattr(attention, "dtype", None) or view.dtype
         if not self._dtype.is_floating_point or self._dtype.itemsize == 1:
