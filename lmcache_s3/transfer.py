@@ -22,6 +22,7 @@ from lmcache_s3.alarms import Alarms
 from lmcache_s3.budget import ByteBudget
 from lmcache_s3.calibration_store import attached
 from lmcache_s3.codecs.base import CellSpec, KVCodec
+from lmcache_s3.coded import CodedSink
 from lmcache_s3.errors import Invalid, LMCacheS3Error, Unavailable
 from lmcache_s3.extent import shard_index
 from lmcache_s3.handle import Deadlines, Handle, Work
@@ -211,8 +212,11 @@ class Transfer:
         layers: range | None = None,
         heads: range | None = None,
         deadline_s: float | None = None,
+        coded: CodedSink | None = None,
     ) -> Handle[LoadReport]:
         """Fetch, verify, decode and hand over chunks; `layers`, `heads`: of the model, all where None.
+
+        coded: takes cells undecoded, those that it says it does.
 
         The handle's result is always a report, unless it was cancelled or the sink raised. Raises `Invalid`.
         """
@@ -224,7 +228,7 @@ class Transfer:
         def fetched(cells: list[tuple[CellRef, Buffer]], level: int) -> None:
             self._promote(promotions, cells, level)
 
-        handle = self._start_load(chunks, sink, want_layers, want_heads, deadline_s, fetched)
+        handle = self._start_load(chunks, sink, want_layers, want_heads, deadline_s, fetched, coded)
         handle.add_done_callback(lambda _: promotions.begin())
         return handle
 
@@ -265,13 +269,14 @@ class Transfer:
         heads: range,
         deadline_s: float | None,
         on_fetched: OnFetched,
+        coded: CodedSink | None = None,
     ) -> Handle[LoadReport]:
         chunks = tuple(chunks)
         plan = make_plan(self.geometry, self._codecs, chunks, layers, heads)
         if sink is not None:  # what is fetched before anybody asks is no use yet
             for cells in plan.prompts():
                 self.stack.use(cells)
-        load = Load(self._load_means, chunks, plan, sink, on_fetched)
+        load = Load(self._load_means, chunks, plan, sink, on_fetched, coded)
         load.work.handle.add_done_callback(self._count_load)
         self.watch(load.work, self.settings.load_deadline_s if deadline_s is None else deadline_s)
         load.start()

@@ -1,9 +1,10 @@
 """The worker role: moves KV between this rank's engine blocks and the tiers. No index, no decisions.
 
-Loads run on the transfer's threads and write straight into the engine's blocks; they are reported finished (or failed)
-by `take_finished`. Gathers copy full chunks into staging memory right after the forward that filled them, so the engine
-may reuse its blocks at once; uploads then run in the background. Staging memory is bounded: what does not fit is
-dropped and its extent given up; the engine is never held up.
+Loads run on the transfer's threads and write straight into the engine's blocks (those of a GPU through a decoder of its
+own, once that has proven itself); they are reported finished (or failed) by `take_finished`. Gathers copy full chunks
+into staging memory right after the forward that filled them, so the engine may reuse its blocks at once; uploads then
+run in the background. Staging memory is bounded: what does not fit is dropped and its extent given up; the engine is
+never held up.
 """
 
 from __future__ import annotations
@@ -51,9 +52,15 @@ from lmcache_s3.uploading import StoredShard
 if TYPE_CHECKING:
     from lmcache_s3.config import Settings
     from lmcache_s3.handle import Handle
+    from lmcache_s3.integrations.vllm.on_device import DeviceDecoder
     from lmcache_s3.tiers.base import Tier
 
 logger = logging.getLogger("lmcache_s3.vllm")
+
+DECODING_DEVICES = frozenset({"cuda"})
+"""Types of devices that decode into their blocks themselves."""
+_DECODED_THERE = frozenset({"cachegen", "transform"})
+"""Codecs that devices decode."""
 
 _MOST_ENGINES = 16
 """Engines on one host that may have their part of one `disk_path`."""
@@ -115,6 +122,7 @@ class WorkerRole:
         self._store = CountingStore(open_store(settings.url, options=settings.store_options()))
         self._transfer: Transfer | None = None
         self._blocks: EngineBlocks | None = None
+        self._decoder: DeviceDecoder | None = None
         self._loads: dict[str, tuple[LoadOrder, Handle[LoadReport]]] = {}
         self._failed_at_once: set[str] = set()
         self._prefetches: dict[str, Handle[LoadReport]] = {}
@@ -129,6 +137,18 @@ class WorkerRole:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Learn where the engine keeps what. Raises `Unsupported` or `Invalid` where it cannot be learnt."""
         self._blocks = EngineBlocks.learn(kv_caches, self._attention_layers, self._facts, self._tensor_rank)
+        self._decoder = self._device_decoder(self._blocks)
+
+    def _device_decoder(self, blocks: EngineBlocks) -> DeviceDecoder | None:
+        device = blocks.views[0].device
+        if device.type not in DECODING_DEVICES or self._codec.id not in _DECODED_THERE:
+            return None
+        try:
+            from lmcache_s3.integrations.vllm.on_device import proven_decoder  # Triton only where there is a use for it
+        except ImportError as error:
+            logger.warning("cells are decoded on the host, not on %s: %s", device, error)
+            return None
+        return proven_decoder(blocks, self._codec.id, self._facts.kv_dtype)
 
     def turn_off(self, why: str) -> None:
         """Tell the scheduler that this rank can neither load nor store."""
@@ -213,14 +233,24 @@ class WorkerRole:
         chunk_tokens = self._geometry.chunk_tokens
         begun = blocks.mark()
 
-        def sink(chunk: int, layers: range, heads: range, cell: np.ndarray) -> None:
+        def place(chunk: int) -> tuple[np.ndarray, range]:
+            """Blocks, and which tokens of the cell they are for."""
             first = order.first_chunk_token + chunk * chunk_tokens
             begin, end = max(first, order.start_token), min(first + chunk_tokens, order.end_token)
             ids = blocks.ids(order.block_ids, begin - order.start_token, end - order.start_token)
-            blocks.scatter(ids, layers, heads, cell[:, :, begin - first : end - first], after=begun)
+            return ids, range(begin - first, end - first)
+
+        def sink(chunk: int, layers: range, heads: range, cell: np.ndarray) -> None:
+            ids, tokens = place(chunk)
+            blocks.scatter(ids, layers, heads, cell[:, :, tokens.start : tokens.stop], after=begun)
 
         handle = self._transfer_for(space_id).load(
-            order.chunks, sink, layers=blocks.layers, heads=blocks.heads, deadline_s=self._settings.load_deadline_s
+            order.chunks,
+            sink,
+            coded=self._decoder.sink(place, begun) if self._decoder is not None else None,
+            layers=blocks.layers,
+            heads=blocks.heads,
+            deadline_s=self._settings.load_deadline_s,
         )
         self._loads[order.request_id] = (order, handle)
         prefetch = self._prefetches.pop(order.request_id, None)
@@ -422,6 +452,7 @@ class WorkerRole:
                 "load_requests": counts["get"] + counts["get_into"],
                 "store_puts": counts["put"] + counts["create"],
                 "staged_bytes": self._staged_bytes,
+                "device_cells": self._decoder.decoded_cells if self._decoder is not None else 0,
             }
         )
 
