@@ -38,7 +38,7 @@ from lmcache_s3.weights import weights_digest
 
 CUTS = {"transform": Cut(), "transform-layerwise": Cut(unit_layers=1)}
 """Coder's name → how units are cut."""
-_VERSION = 1
+_VERSION = 2
 """Raised when calibrating changes: what was kept is made anew."""
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from lmcache_s3.calibration import fit
 from lmcache_s3.calibration.fit import Box, Vectors
-from lmcache_s3.calibration.levels import MARGIN, TARGETS, Fitted, Judge, find_step, units_of
+from lmcache_s3.calibration.levels import TARGETS, Fitted, Judge, find_step, units_of
 from lmcache_s3.calibration.rotary import turns_of
 from lmcache_s3.calibration.samples import Sample, Samples, prompts_of
 from lmcache_s3.codecs.calibration import MAX_FILE_BYTES, Calibration, Level
@@ -145,8 +145,8 @@ class Calibrating:
                 self._progress.say(f"level {name}: step {step:.5f} has KL {kl:.4f}")
 
             if levels and levels[-1].kl:
-                step = levels[-1].step * (target * MARGIN / levels[-1].kl) ** _STEP_PER_KL
-            step, kl = find_step(judge, target * MARGIN, step, tried)
+                step = levels[-1].step * (target / levels[-1].kl) ** _STEP_PER_KL
+            step, kl = find_step(judge, target, step, tried)
             if levels and levels[-1].kl is not None and step < levels[-1].step:  # where KL grows by fits and starts
                 step, kl = levels[-1].step, levels[-1].kl
             levels.append(Level(name, step, kl))

@@ -31,9 +31,7 @@ from lmcache_s3.quality.measure import compare
 from lmcache_s3.quality.model import KV, Model
 
 TARGETS = {"fine": 0.004, "medium": 0.01, "coarse": 0.02}
-"""level → next-token KL that it stays within, nats per token."""
-MARGIN = 0.75
-"""Of the target that is aimed at: prompts set aside come from the same sources as the others, other texts cost more."""
+"""level → next-token KL that it stays within, nats per token; over prompts of every kind of text that is given."""
 _TRIES = 5
 _MORE_TRIES = 8
 """Beyond those, where the KL is still less than half the target: the first guess was far too fine."""
