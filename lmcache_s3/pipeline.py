@@ -17,10 +17,10 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
@@ -29,13 +29,13 @@ from lmcache_s3.codecs.base import CellSpec, KVCodec
 from lmcache_s3.coded import Coded, CodedSink
 from lmcache_s3.errors import LMCacheS3Error, Missing, Unavailable, Unusable
 from lmcache_s3.handle import Work
-from lmcache_s3.in_flight import InFlight
 from lmcache_s3.loading import Codecs, LoadReport, Part, Plan, Run, Sink, cut_cell
 from lmcache_s3.pieces import Cells, Piece, cells_bytes, in_pieces, in_tapered_pieces, one_by_one, shares
 from lmcache_s3.reading import Filled, Reader, Step, Wanted
+from lmcache_s3.sharing import Fetched, Outcome, Sharing, Waiting
 from lmcache_s3.tier_stack import TierStack
 from lmcache_s3.tiers.buffers import BufferPool, rounded
-from lmcache_s3.tracebacks import with_note, without_frames
+from lmcache_s3.tracebacks import without_frames
 from lmcache_s3.types import Buffer, CellRef, ChunkRef, Geometry
 
 OnFetched: TypeAlias = Callable[[list[tuple[CellRef, Buffer]], int], None]
@@ -43,27 +43,6 @@ OnFetched: TypeAlias = Callable[[list[tuple[CellRef, Buffer]], int], None]
 
 _TASK_BYTES = 1 << 20
 """Cells smaller than this are verified and decoded several in one task."""
-
-
-class Fetched(NamedTuple):
-    """A good cell: its stored bytes, and what they decode to (or are to, by a sink); None where nobody wants that."""
-
-    data: Buffer
-    decoded: np.ndarray | Coded | None
-
-
-Outcome: TypeAlias = Fetched | LMCacheS3Error | None
-"""Of fetching a cell; None: given up."""
-
-
-@dataclass(slots=True, eq=False)
-class Waiting:
-    """A part that another load fetches. again: after the store failed one who did."""
-
-    load: Load
-    run: Run
-    part: Part
-    again: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +60,7 @@ class Means:
     n_workers: int
     step: Step
     most_piece_bytes: int
-    in_flight: InFlight[Waiting] = field(default_factory=InFlight)
+    sharing: Sharing
 
 
 class Load:
@@ -117,7 +96,8 @@ class Load:
         self._is_prefetch = sink is None
         self._name = object()  # as the owner of what is in flight: unlike this load it holds no buffers
         self.work: Work[LoadReport] = Work(cells_bytes(self._plan), self._cut_short)
-        self.work.handle.add_done_callback(functools.partial(_give_up, means, self._name))
+        give_up = functools.partial(means.sharing.give_up, self._name)
+        self.work.handle.add_done_callback(lambda _: give_up())
 
     def start(self) -> None:
         """Cut what is wanted into pieces and hand them to the threads. Does not block."""
@@ -198,13 +178,13 @@ class Load:
                 ours.append((run, []))
                 for part in parts:
                     waiting = Waiting(self, run, part, again)
-                    if means.in_flight.fetch_or_wait(self._name, _cell(part), waiting, prefetch=self._is_prefetch):
+                    if means.sharing.fetch_or_wait(self._name, waiting, prefetch=self._is_prefetch):
                         ours[-1][1].append(part)
                     else:
                         self._waiting.add(waiting)
                         self._left += 1
         if self.work.over:  # perhaps before we came: nobody would give up again
-            _give_up(means, self._name)
+            means.sharing.give_up(self._name)
         return ours
 
     def _fetch(self, pieces: Sequence[Piece]) -> None:
@@ -231,7 +211,7 @@ class Load:
                 self._asked,
                 done,
                 later=self._is_prefetch,
-                superseded=lambda: self._is_prefetch and self._means.in_flight.for_loads([*map(_cell, piece.parts)]),
+                superseded=lambda: self._is_prefetch and self._means.sharing.for_loads(piece.parts),
             )
         )
 
@@ -318,19 +298,33 @@ class Load:
         return out
 
     def _deliver(self, part: Part, out: np.ndarray | Coded | None) -> None:
-        if isinstance(out, Coded) and self._coded is not None:
-            out.unusable = self._coded.put(part.chunk, part.layers, part.heads, out)
+        if isinstance(out, Coded):
+            out.unusable = self._deliver_coded(part, out)
             if out.unusable is not None:
                 self._means.stack.discard([part.cell])
                 self._fail([part], out.unusable)
                 return
-        elif self._sink is not None and out is not None:
-            cell = part.cell
-            out = out.decoded() if isinstance(out, Coded) else out
-            cut = cut_cell(self._means.geometry, cell.grid, cell.shard, part.layers, part.heads, out)
-            self._sink(part.chunk, part.layers, part.heads, cut)
+        elif out is not None:
+            self._deliver_decoded(part, out)
         with self._lock:
             self._missing[part.chunk] -= 1
+
+    def _deliver_coded(self, part: Part, cell: Coded) -> Unusable | None:
+        """What is wrong with it, if that shows now."""
+        if self._coded is not None:
+            return self._coded.put(part.chunk, part.layers, part.heads, cell)
+        try:  # fetched by a load whose sink takes coded cells; ours does not
+            decoded = cell.decoded()
+        except Unusable as e:
+            return e
+        self._deliver_decoded(part, decoded)
+        return None
+
+    def _deliver_decoded(self, part: Part, out: np.ndarray) -> None:
+        if self._sink is not None:
+            grid, shard = part.cell.grid, part.cell.shard
+            cut = cut_cell(self._means.geometry, grid, shard, part.layers, part.heads, out)
+            self._sink(part.chunk, part.layers, part.heads, cut)
 
     def _fail(self, parts: Sequence[Part], error: LMCacheS3Error) -> None:
         without_frames(error)
@@ -345,13 +339,8 @@ class Load:
     # --- cells that one load fetches and others want
 
     def _land(self, parts: Sequence[Part], outcome: Outcome) -> None:
-        """What this load had to fetch: tell who waits."""
-        in_flight = self._means.in_flight
-        waiting = [
-            one for part in parts for one in in_flight.landed(self._name, _cell(part), prefetch=self._is_prefetch)
-        ]
-        if waiting:
-            _tell(self._means, waiting, outcome)
+        """What this load had to fetch, for others."""
+        self._means.sharing.land(self._name, parts, outcome, prefetch=self._is_prefetch)
 
     def told(self, waiting: Sequence[Waiting], outcome: Outcome) -> None:
         """What became of cells that this load waits for. A cell is handed over before this returns."""
@@ -480,36 +469,3 @@ class _Processing:
             self._load._means.budget.give_back(self._extra_bytes)
             if not self._broken:
                 self._load._processed(good)
-
-
-def _cell(part: Part) -> Hashable:
-    """What must be equal for one load to take what another fetched: where it lies, and what it should be."""
-    return part.cell, part.position
-
-
-def _give_up(means: Means, owner: Hashable, _: object = None) -> None:
-    """Nothing is fetched for this owner any more. Others begin again in a thread for that: this may be anybody's."""
-    waiting = means.in_flight.gave_up(owner)
-    if waiting:
-        means.step(lambda: means.workers.submit(_tell, means, waiting, None), None)
-
-
-def _tell(means: Means, waiting: Sequence[Waiting], outcome: Outcome) -> None:
-    """Here and now, for a cell lies in memory of who fetched it; and one load right after the other, so that of those
-    who begin again one fetches and the others wait."""
-    by_load: dict[Load, list[Waiting]] = {}
-    for one in waiting:
-        by_load.setdefault(one.load, []).append(one)
-    for load, some in by_load.items():
-        means.step(functools.partial(_at_once, load.told, some, outcome), load.work)
-
-
-def _at_once(call: Callable[..., None], *arguments: object) -> Future[None]:
-    future: Future[None] = Future()
-    try:
-        call(*arguments)
-    except BaseException as e:  # noqa: BLE001 - another load's affair, and handed to it
-        future.set_exception(with_note(e))
-    else:
-        future.set_result(None)
-    return future

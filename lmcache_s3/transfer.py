@@ -30,9 +30,11 @@ from lmcache_s3.lane import Lane
 from lmcache_s3.loading import Codecs, LoadReport, Sink, make_plan
 from lmcache_s3.metrics import Metrics
 from lmcache_s3.pipeline import Load, Means, OnFetched
+from lmcache_s3.promotions import Promotions
 from lmcache_s3.reading import Reader
 from lmcache_s3.rested_upload import RestedUpload
 from lmcache_s3.resting import RestingTier
+from lmcache_s3.sharing import Sharing
 from lmcache_s3.tier_stack import TierStack
 from lmcache_s3.tiers.base import Tier, TierStats
 from lmcache_s3.tiers.buffers import BufferPool
@@ -80,34 +82,6 @@ def check_staging(staging_bytes: int, geometry: Geometry, codec: KVCodec) -> Non
             kind="setting",
             key="staging_bytes",
         )
-
-
-class _Promotions:
-    """The promotions of one load: held back until it has ended, so that they do not compete with it. Thread-safe.
-
-    start: runs a call in the background, False if there is none any more. room: for what waits, of all loads.
-    """
-
-    def __init__(self, start: Callable[[Callable[[], None]], bool], room: ByteBudget) -> None:
-        self._start, self._room = start, room
-        self._lock = threading.Lock()
-        self._waiting: list[tuple[Callable[[], None], int]] | None = []
-
-    def add(self, keep: Callable[[], None], n_bytes: int) -> bool:
-        """Run `keep` in the background, later if there is room to wait; False if it will not be run any more."""
-        with self._lock:
-            if self._waiting is not None and self._room.try_take(n_bytes):
-                self._waiting.append((keep, n_bytes))
-                return True
-        return self._start(keep)
-
-    def begin(self) -> None:
-        """The load has ended."""
-        with self._lock:
-            waiting, self._waiting = self._waiting or [], None
-        for keep, n_bytes in waiting:
-            self._room.give_back(n_bytes)
-            self._start(keep)
 
 
 class Transfer:
@@ -184,6 +158,7 @@ class Transfer:
             coders,
             self._step,
             piece_bytes,
+            Sharing(self._step, decoders),
         )
         self._upload_means = UploadMeans(
             geometry,
@@ -223,7 +198,7 @@ class Transfer:
         want_layers = range(self.geometry.layers) if layers is None else layers
         want_heads = range(self.geometry.heads) if heads is None else heads
         self.metrics.add("loads")
-        promotions = _Promotions(lambda keep: self._step(lambda: self._background.submit(keep)), self._waiting)
+        promotions = Promotions(lambda keep: self._step(lambda: self._background.submit(keep)), self._waiting)
 
         def fetched(cells: list[tuple[CellRef, Buffer]], level: int) -> None:
             self._promote(promotions, cells, level)
@@ -376,7 +351,7 @@ class Transfer:
 
     # --- tiers
 
-    def _promote(self, promotions: _Promotions, cells: list[tuple[CellRef, Buffer]], level: int) -> None:
+    def _promote(self, promotions: Promotions, cells: list[tuple[CellRef, Buffer]], level: int) -> None:
         """Keep fetched cells in the tiers above `level`, in the background; skipped when that falls behind.
 
         What was read from the bucket lies in buffers that hold their part of the budget; what a tier gave out does not.

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmcache_s3.codecs.base import KVCodec
+from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.fast import FastCodec
+from lmcache_s3.coded import Coded
 from lmcache_s3.errors import Unavailable, Unusable
 from lmcache_s3.handle import Handle
 from lmcache_s3.loading import LoadReport
@@ -21,7 +22,7 @@ from lmcache_s3.testing.whole_arrays import GEOMETRY, SPACE, CopiedCodec, MakeTr
 from lmcache_s3.tiers.host import HostTier
 from lmcache_s3.tiers.stores.counting import CountingStore
 from lmcache_s3.transfer import Transfer
-from lmcache_s3.types import ChunkRef, Grid, shard_key
+from lmcache_s3.types import Buffer, ChunkRef, Grid, shard_key
 
 CELL = GEOMETRY.chunk_bytes + 4  # as `fast` stores it
 DOWN = Unavailable("injected", kind="network")
@@ -55,12 +56,12 @@ def gate(store: CountingStore) -> GatedStore:
 
 def at_rest(transfer: Transfer) -> bool:
     """Nothing goes on, nobody holds memory, nobody waits."""
-    return transfer.drain(10) and transfer.budget.held_bytes == 0 and len(transfer._load_means.in_flight) == 0
+    return transfer.drain(10) and transfer.budget.held_bytes == 0 and len(transfer._load_means.sharing.in_flight) == 0
 
 
 def await_waiting(transfer: Transfer, cells: int) -> None:
     """Until so many cells are waited for."""
-    flights = transfer._load_means.in_flight._flights
+    flights = transfer._load_means.sharing.in_flight._flights
     end_s = time.monotonic() + 20
     while sum(len(waiting) for _, waiting in list(flights.values())) != cells:
         assert time.monotonic() < end_s
@@ -261,6 +262,56 @@ def test_no_sink_can_change_what_the_next_one_gets(make: MakeTransfer, codec: KV
 
     with pytest.raises(ValueError, match="read-only"):
         transfer.load(chunks, writes).result(20)
+
+
+class CodedLoading(Loading):
+    """One that takes cells undecoded, and is its own `CodedSink`. verdict: what it says of each."""
+
+    verdict: Unusable | None = None
+
+    def __post_init__(self) -> None:
+        self.options = self.options | {"coded": self}
+        super().__post_init__()
+
+    def read(self, codec: KVCodec, data: Buffer, spec: CellSpec, position: CellPosition) -> Coded:
+        return Coded(codec, data, spec, position, None)
+
+    def put(self, chunk: int, layers: range, heads: range, cell: Coded) -> Unusable | None:
+        if self.verdict is None:
+            self.sink(chunk, layers, heads, cell.decoded())
+        return self.verdict
+
+
+class Distrusting(CodedLoading):
+    verdict = Unusable("injected", kind="payload")
+
+
+@pytest.mark.parametrize("kinds", [(Loading, CodedLoading), (CodedLoading, Loading, CodedLoading)])
+def test_loads_that_decode_themselves_share_with_those_that_do_not(
+    make: MakeTransfer, gate: GatedStore, kinds: tuple[type[Loading], ...]
+) -> None:
+    kv = random_kv(SPACE, 3 * N)
+    chunks = upload(make(codec=CopiedCodec()), kv)
+    transfer = make(over=gate, codec=CopiedCodec())
+    loads = [kind(transfer, chunks) for kind in kinds]
+    gate.open()
+    for one in loads:
+        assert one.report().loaded_chunks == 3
+        assert same_bits(one.out, kv)
+    assert len(gate.asked) == 1
+    assert at_rest(transfer)
+
+
+def test_damage_that_shows_when_a_cell_is_put_fails_who_was_told(make: MakeTransfer, gate: GatedStore) -> None:
+    kv = random_kv(SPACE, N)
+    chunks = upload(make(), kv)
+    for kinds, loaded in (((Distrusting, CodedLoading), [0, 0]), ((CodedLoading, Distrusting, Loading), [1, 0, 1])):
+        transfer = make(over=gate)
+        loads = [kind(transfer, chunks) for kind in kinds]
+        gate.answer(None)
+        assert [one.report().loaded_chunks for one in loads] == loaded
+        assert {one.report().failed[0][2].kind for one in loads if one.report().failed} == {"payload"}
+        assert at_rest(transfer)
 
 
 def test_a_lie_about_a_chunk_is_not_shared(make: MakeTransfer, gate: GatedStore) -> None:

@@ -87,7 +87,7 @@ def test_a_storm_of_loads_of_the_same_cells(
             assert same_bits(out[:, :, : report.loaded_chunks * N, mine], loaded)
     assert ended.keys() <= {"cancelled"}
     assert transfer.drain(20)
-    assert len(transfer._load_means.in_flight) == 0
+    assert len(transfer._load_means.sharing.in_flight) == 0
     assert transfer.budget.held_bytes == 0
     assert transfer.budget.peak_bytes <= transfer.budget.total_bytes
     assert whole >= 20
