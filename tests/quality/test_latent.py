@@ -128,10 +128,12 @@ def test_what_is_joined_can_be_parted(order: tuple[int, ...]) -> None:
 
 
 def test_an_unknown_order_of_channels_is_refused() -> None:
-    projection = torch.nn.Linear(4, 5)
+    projection = torch.nn.Linear(1, 5, bias=False)
+    with torch.no_grad():
+        projection.weight.copy_(torch.arange(5.0)[:, None])
 
     def forward() -> list[Any]:
-        made = projection(torch.ones(1, 2, 4))
+        made = projection(torch.ones(1, 2, 1))
         return [SimpleNamespace(keys=made[None, :, :, :1], values=made[None, :, :, 1:].flip(-1))]
 
     with pytest.raises(Invalid, match="order of channels that is unknown"):
