@@ -19,8 +19,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -90,6 +90,11 @@ class Order:
         _, layers, tokens, heads, _ = self.cell.spec.shape
         return (len(self.layers), len(self.tokens), len(self.heads)) == (layers, tokens, heads)
 
+    @property
+    def group(self) -> Hashable:
+        """Equal for cells that can be decoded together."""
+        return self.cell.codec.id, self.cell.spec, self.layers, self.heads, self.is_whole
+
     def cut(self) -> tuple[slice, slice, slice, slice]:
         """What is wanted of the cell's first four axes."""
         position = self.cell.position
@@ -122,7 +127,7 @@ class DeviceDecoder:
         self._lock = threading.Lock()
         self._waiting: deque[_Entry] = deque()
         self._turn = threading.Lock()
-        self._compared: set[tuple[object, ...]] = set()
+        self._compared: set[Hashable] = set()
         self.is_trusted = True
         self.decoded_cells = 0
 
@@ -182,21 +187,21 @@ class DeviceDecoder:
         stream: AbstractContextManager[object] = nullcontext()
         if self._stream is not None:
             stream = torch.cuda.stream(self._stream)
+        together = Counter(order.group for order in orders)
         with on(self._device), stream:
             outcomes = self._decode(orders)
             for order, outcome in zip(orders, outcomes, strict=True):
                 if outcome is Verdict.PLACED:
-                    self._compare_first(order)
+                    self._compare_first(order, together[order.group])
         return outcomes
 
     def _decode(self, orders: Sequence[Order]) -> list[Outcome]:
         outcomes: dict[int, Outcome] = {}
-        groups: dict[tuple[object, ...], list[int]] = {}
+        groups: dict[Hashable, list[int]] = {}
         for i, order in enumerate(orders):
             if order.after is not None and self._stream is not None:
                 self._stream.wait_event(order.after)
-            kind = (order.cell.codec.id, order.cell.spec, order.layers, order.heads, order.is_whole)
-            groups.setdefault(kind, []).append(i)
+            groups.setdefault(order.group, []).append(i)
         try:
             for group in groups.values():
                 found = self._decode_group([orders[i] for i in group])
@@ -207,7 +212,7 @@ class DeviceDecoder:
         return [outcomes[i] for i in range(len(orders))]
 
     def _decode_group(self, orders: Sequence[Order]) -> list[Outcome]:
-        """Cells of one codec and shape, of which the same layers and heads are wanted, and all of each or not so."""
+        """Cells of one group."""
         first = orders[0]
         spec, place = first.cell.spec, self._place[first.cell.codec.id]
         cells = [order.cell.read for order in orders]
@@ -229,10 +234,12 @@ class DeviceDecoder:
         ids = np.stack([order.ids for order in orders])
         return Places.paged(layers, ids, blocks.plane, blocks.local_heads(first.heads))
 
-    def _compare_first(self, order: Order) -> None:
-        """Of each kind of cells the first one, with what the host makes of it. Raises `_Disagreement`."""
+    def _compare_first(self, order: Order, together: int) -> None:
+        """Of each kind of cells the first one, with what the host makes of it. together: how many were decoded so, for
+        Triton compiles kernels anew for 1 and for multiples of 16. Raises `_Disagreement`."""
         cell = order.cell
-        kind = (cell.codec.id, _calibration_of(cell), cell.spec, order.layers, order.heads, order.is_whole)
+        form = (_is_coded(cell), _calibration_of(cell), cell.position.first_token == 0)
+        kind = (order.group, form, together == 1, together % 16 == 0)
         if kind in self._compared:
             return
         wanted = cell.decoded()[order.cut()]
