@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +33,8 @@ WIDEST = 6144
 _FILE_BYTES = 2.4
 """Of a file, for each of a token's values and each of the unit's: 4, but half of the coefficients are not coded."""
 _STEP_PER_KL = 0.5
+_MOST_CHANGE = 8.0
+"""Of the first step, by what its KL lets expect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,10 @@ class Calibrating:
         used = [one for i, one in enumerate(samples) if i % _SET_ASIDE != 1]
         say.begin("transforms", sum(len(one) for one in boxes))
         fitted = [self._fitted(i, used, boxes[i]) for i in range(len(boxes))]
-        levels = self._levels(Judge(model, aside, fitted))
+        judge = Judge(model, aside, fitted)
+        step = self._finest(judge)
+        fitted = [self._within_reach(i, fitted[i], used, step) for i in range(len(boxes))]
+        levels = self._levels(judge.of(fitted), step)
         say.begin("tables", sum(len(one) for one in boxes))
         about = {
             "model": model.name,
@@ -135,10 +140,23 @@ class Calibrating:
             self._progress.advance()
         return Fitted(self._turns[group], tuple(boxes), tuple(transforms))
 
-    def _levels(self, judge: Judge) -> list[Level]:
+    def _finest(self, judge: Judge) -> float:
+        """About the step of the finest level."""
+        change: float = (min(TARGETS.values()) / max(judge.kl(_FIRST_STEP), 1e-9)) ** _STEP_PER_KL
+        return _FIRST_STEP * min(_MOST_CHANGE, max(1 / _MOST_CHANGE, change))
+
+    def _within_reach(self, group: int, fitted: Fitted, used: Sequence[Sample], step: float) -> Fitted:
+        prompts = [one.kv[group] for one in used]
+        transforms = [
+            fit.within_reach(transform, Vectors(prompts, self._model.kv_dtype, fitted.turns, box), step)
+            for box, transform in zip(fitted.boxes, fitted.transforms, strict=True)
+        ]
+        return replace(fitted, transforms=tuple(transforms))
+
+    def _levels(self, judge: Judge, step: float) -> list[Level]:
+        """step: the first one's, about."""
         self._progress.begin("levels", len(TARGETS))
         levels: list[Level] = []
-        step = _FIRST_STEP
         for name, target in TARGETS.items():
 
             def tried(step: float, kl: float, name: str = name) -> None:

@@ -6,6 +6,7 @@ a model that predicts no numbers.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ class Judge:
     def __init__(self, model: Model, samples: Sequence[Sample], fitted: Sequence[Fitted]) -> None:
         self._model, self._samples, self._fitted = model, samples, fitted
         self._log_p = [model.primed(s.kv).predict(s.prompt.asked[:-1]) for s in samples]
+
+    def of(self, fitted: Sequence[Fitted]) -> Judge:
+        """The same prompts, with other transforms."""
+        other = copy.copy(self)
+        other._fitted = fitted
+        return other
 
     def kl(self, step: float) -> float:
         """Mean next-token KL at this step, nats per token."""

@@ -72,6 +72,22 @@ def test_errors_cost_what_their_fisher_matrix_says() -> None:
     assert np.allclose(np.linalg.norm(weighted, axis=0), 1, atol=1e-3)
 
 
+def test_coefficients_beyond_reach_take_a_coarser_step_and_no_other_does() -> None:
+    vectors, transform = fitted(WHOLE)
+    deviation = np.sqrt(transform.variance)
+    step = float(deviation[0] / 100)  # of the first coefficients many tokens are beyond 127 steps
+    before = np.concatenate([one.coded for one in fit.quantised(transform, vectors, step, len(deviation))])
+    reaching = fit.within_reach(transform, vectors, step)
+    after = np.concatenate([one.coded for one in fit.quantised(reaching, vectors, step, len(deviation))])
+    assert before.mean() < 0.9
+    assert after.mean() > 0.99
+    assert np.allclose(reaching.inverse @ reaching.forward, np.eye(len(transform.mean)), atol=1e-4)
+    coarser = reaching.variance < 0.999 * transform.variance
+    assert coarser[0]
+    assert not coarser[deviation < 10 * step].any()
+    assert fit.within_reach(transform, vectors, 20 * step) is transform
+
+
 def test_tokens_far_out_do_not_shape_the_transform() -> None:
     values = kv()
     values[:, :, 5] *= 1000
