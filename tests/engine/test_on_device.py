@@ -44,6 +44,7 @@ def test_what_waits_is_decoded_together(interpreter: Interpreter, tmp_path: Path
     interpreter.run(device_loads.check_together, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_engines_on_cpus_draw_in_no_triton(tmp_path: Path) -> None:
     with Interpreter() as fresh:
         fresh.run(device_loads.check_without_triton, str(tmp_path))

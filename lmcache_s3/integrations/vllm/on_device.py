@@ -21,6 +21,7 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -261,7 +262,10 @@ def proven_decoder(
     """A decoder into these blocks of what this codec stored, if its device shows that it can; None, and one warning, if
     not. Takes some seconds where Triton has not compiled its kernels yet."""
     try:
-        _prove(blocks, codec, kv_dtype, place)
+        # In a thread of its own, as loads are: the engine's may be using a memory pool that does not outlive its sleep,
+        # but the tables that are made here are kept.
+        with ThreadPoolExecutor(1, "lmcache-s3-proof") as thread:
+            thread.submit(_prove, blocks, codec, kv_dtype, place).result()
         return DeviceDecoder(blocks, {codec: place[codec]})
     except Exception as error:  # noqa: BLE001 - the engine is starting, and does without
         device = blocks.views[0].device
