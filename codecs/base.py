@@ -97,8 +97,8 @@ class KVCodec(ABC):
         """Most memory `encode` takes meanwhile, its result included, whatever is in the cell."""
         return 4 * _raw_bytes(spec) + _SPARE_BYTES
 
-    def decode_memory_bytes(self, spec: CellSpec) -> int:
-        """The same of `decode`, beside `out`, which is contiguous."""
+    def decode_memory_bytes(self, spec: CellSpec, stored_bytes: int) -> int:
+        """The same of `decode`, for a stored cell of this length, beside `out`, which is contiguous."""
         return 4 * _raw_bytes(spec) + _SPARE_BYTES
 
     def fixed_bytes(self, spec: CellSpec) -> int | None:

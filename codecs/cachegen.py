@@ -80,9 +80,9 @@ class CachegenCodec(KVCodec):
         row = _ROW_VALUE_BYTES * _row_values(spec) + _STEP_BYTES * _most_steps(spec) + _TILE_BYTES
         return rooms + max(raw_bytes(spec), row) + _SPARE_BYTES
 
-    def decode_memory_bytes(self, spec: CellSpec) -> int:
+    def decode_memory_bytes(self, spec: CellSpec, stored_bytes: int) -> int:
         """A copy of what is coded, and what decoding a row's steps takes."""
-        return raw_bytes(spec) + 16 * _most_steps(spec) + 2 * _TILE_BYTES + _SPARE_BYTES
+        return stored_bytes + 16 * _most_steps(spec) + 2 * _TILE_BYTES + _SPARE_BYTES
 
     def encode(self, cell: np.ndarray, spec: CellSpec, position: CellPosition) -> bytes:
         check_array(cell, spec, what="cell")

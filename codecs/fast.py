@@ -41,7 +41,7 @@ class FastCodec(KVCodec):
     def encode_memory_bytes(self, spec: CellSpec) -> int:
         return 2 * self.max_encoded_bytes(spec)
 
-    def decode_memory_bytes(self, spec: CellSpec) -> int:
+    def decode_memory_bytes(self, spec: CellSpec, stored_bytes: int) -> int:
         return 0
 
     def fixed_bytes(self, spec: CellSpec) -> int:

@@ -78,10 +78,10 @@ class LosslessCodec(KVCodec):
         of_block = 3 * max(_rows_at_once(columns) * columns, n * columns)
         return 2 * raw_bytes(spec) + of_block + _COLUMN_BYTES * columns + 32 * n * columns + _SAMPLE_BYTES
 
-    def decode_memory_bytes(self, spec: CellSpec) -> int:
+    def decode_memory_bytes(self, spec: CellSpec, stored_bytes: int) -> int:
         """A copy of all that is coded."""
         kv, layers, _, heads, channels = spec.shape
-        return raw_bytes(spec) + 24 * kv * layers * heads * channels + _TABLES_BYTES
+        return stored_bytes + 24 * kv * layers * heads * channels + _TABLES_BYTES
 
     def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
         check_array(out, spec, what="out")

@@ -45,7 +45,7 @@ class SafetensorsCodec(KVCodec):
     def max_encoded_bytes(self, spec: CellSpec) -> int:
         return HEADER_BYTES + _LENGTH_BYTES + _MAX_JSON_BYTES + raw_bytes(spec)
 
-    def decode_memory_bytes(self, spec: CellSpec) -> int:
+    def decode_memory_bytes(self, spec: CellSpec, stored_bytes: int) -> int:
         """The library copies the file before it takes it apart."""
         return 3 * self.max_encoded_bytes(spec)
 

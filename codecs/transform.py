@@ -81,11 +81,11 @@ class TransformCodec(KVCodec):
         unit = self._widest(spec) * (2 * tokens + _PANEL_BYTES)
         return max(rooms + max(2 * raw, unit), self._turns_bytes(spec)) + _SPARE_BYTES
 
-    def decode_memory_bytes(self, spec: CellSpec) -> int:
+    def decode_memory_bytes(self, spec: CellSpec, stored_bytes: int) -> int:
         """A copy of what is coded, then a unit's pairs of coefficients and sums of some of its vectors."""
         tokens, channels = spec.shape[2], spec.shape[4]
         unit = 9 * tokens * (self._widest(spec) + 4) // 2 + 4 * tokens * max(256, channels + 15)
-        return raw_bytes(spec) + max(unit, self._turns_bytes(spec)) + _SPARE_BYTES
+        return stored_bytes + max(unit, self._turns_bytes(spec)) + _SPARE_BYTES
 
     @staticmethod
     def _turns_bytes(spec: CellSpec) -> int:

@@ -251,7 +251,8 @@ class Load:
         """Memory for one decoded cell and for decoding it; 0 where nothing is decoded, or into no memory of its own."""
         if self._sink is None or type(codec).view is not KVCodec.view:
             return 0
-        return rounded(piece.cell_bytes) + codec.decode_memory_bytes(piece.spec)
+        longest = max(part.cell.length for part in piece.parts)
+        return rounded(piece.cell_bytes) + codec.decode_memory_bytes(piece.spec, longest)
 
     def _tasks(self, piece: Piece, codec: KVCodec) -> int:
         """How many tasks the cells of a piece make: as many as is worth while, and as there should be memory for."""

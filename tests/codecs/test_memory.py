@@ -63,5 +63,5 @@ def test_coding_takes_no_more_memory_than_it_says(
         data = codec.encode(cell, spec, POSITION)
         most = max(codec.max_encoded_bytes(spec), codec.encode_memory_bytes(spec)) + 4096
         assert taken(lambda cell=cell: codec.encode(cell, spec, POSITION)) <= most, made.__name__  # type: ignore[misc]
-        most = codec.decode_memory_bytes(spec) + 4096
+        most = codec.decode_memory_bytes(spec, len(data)) + 4096
         assert taken(lambda data=data: codec.decode(data, spec, POSITION, out)) <= most, made.__name__  # type: ignore[misc]
