@@ -112,7 +112,7 @@ class Demo:
             self.server = self._stack.enter_context(SeaweedFS())
             self.url = self.server.make_bucket(_BUCKET) + "/kv"
         if self.codec == "transform":
-            with self.steps("calibrating the codec (about 10 minutes the first time)"):
+            with self.steps("calibrating the codec (about 20 minutes the first time)"):
                 command = [sys.executable, "-m", "lmcache_s3.benchmarks.calibrated", str(model), self.url]
                 _run(command, {**os.environ, **self.server.env()})
         with self.steps("starting two vLLM engines, A and B (half a minute to a minute)") as tick:

@@ -50,7 +50,7 @@ def calibrate(
         ),
     ] = None,
 ) -> None:
-    """Calibrate codec `transform` on a model (about 10 minutes on two cores for one of 135 M parameters)."""
+    """Calibrate codec `transform` on a model (about 20 minutes on two cores for one of 135 M parameters)."""
     from lmcache_s3.calibration.calibrate import Calibrating, Cut
     from lmcache_s3.calibration_store import publish
     from lmcache_s3.quality.model import Model
