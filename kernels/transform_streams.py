@@ -141,13 +141,13 @@ def encode_unit(
 
     chosen, first, n: as in `decode_unit`. states: u32 [stream, 32], updated. starts, escape_starts: int64 [stream],
     where each of these streams now begins in `words` and `escapes`, which fill from their ends. Places of −1: one of
-    the two has less room left than `count`.
+    the two has less room left than a run may take; among the escapes, a last value's missing partner takes a place.
     """
     for stream in range(first + n - 1, first - 1, -1):
         coefficients = (chosen.size - (stream - first) + n - 1) // n
         for i in range(coefficients - 1, -1, -1):
             r = stream - first + i * n
-            if place < count or escape_place < count:
+            if place < count or escape_place < count + (count & 1):
                 return -1, -1
             place, escape_place = encode_values(
                 q[r], count, tables, int(chosen[r]), states[stream], words, place, escapes, escape_place

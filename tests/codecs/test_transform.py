@@ -12,7 +12,7 @@ import pytest
 from lmcache_s3.codecs import calibrations
 from lmcache_s3.codecs.arrays import raw_bytes
 from lmcache_s3.codecs.base import CellPosition, CellSpec
-from lmcache_s3.codecs.calibration import Calibration
+from lmcache_s3.codecs.calibration import Calibration, Level
 from lmcache_s3.codecs.dtypes import from_float32, to_float32
 from lmcache_s3.codecs.header import HEADER_BYTES
 from lmcache_s3.codecs.transform import TransformCodec
@@ -20,7 +20,7 @@ from lmcache_s3.codecs.transform_layout import misfit
 from lmcache_s3.codecs.transform_payload import CODED, FIXED_BYTES, RAW
 from lmcache_s3.errors import Invalid, Unusable
 from lmcache_s3.kernels.transform_turns import cos_sin
-from lmcache_s3.testing.calibrations import made_calibration
+from lmcache_s3.testing.calibrations import made_calibration, made_unit
 from lmcache_s3.testing.fuzz import rewrapped
 from lmcache_s3.types import Geometry, Grid
 
@@ -100,6 +100,20 @@ def test_what_would_not_shrink_is_kept_as_it_is() -> None:
         assert (decoded(data) == cell).all()
     calibrations_of_none = decoded(data)  # raw cells need no calibration
     assert (calibrations_of_none == cell).all()
+
+
+@pytest.mark.parametrize("tokens", [5, 65, 129])
+def test_an_odd_number_of_values_that_all_escape_can_be_read_back(tokens: int) -> None:
+    """In pairs: the last value's missing partner escapes, too."""
+    spec = CellSpec((1, 1, tokens, 1, 16), "bfloat16")
+    unit = made_unit((0,), range(1), range(1), 16, np.random.default_rng(0), live=1, tables=(20,))
+    level = Level("only", 1.0)
+    made = Calibration("bfloat16", 1, 1, 1, 16, (level,), np.empty(0), (unit,))
+    along = unit.forward[0].astype(np.float32) / np.linalg.norm(unit.forward[0].astype(np.float32))
+    cell = from_float32(np.broadcast_to(50 * along, spec.shape).copy(), "bfloat16")  # coefficients near 100
+    data = codec("only", made).encode(cell, spec, LATER)
+    off = to_float32(decoded(data, LATER, spec), "bfloat16") - to_float32(cell, "bfloat16")
+    assert np.abs(off).max() < 0.5
 
 
 def test_keys_are_turned_back_by_their_position() -> None:
