@@ -248,6 +248,41 @@ def check_damage(directory: str) -> None:
     assert ours.bad[0].unusable
 
 
+def check_order(directory: str) -> None:
+    """A GPU's streams know nothing of one another: whatever is decoded comes after what was queued when it was asked
+    for, a worker's loads as much as the proof's cells, whose blocks were filled just before."""
+    from lmcache_s3.integrations.vllm import on_device
+    from lmcache_s3.integrations.vllm.blocks import EngineBlocks
+
+    bucket = Bucket(directory, "cachegen")
+    marks: list[object] = []
+    waited: list[object] = []
+
+    def mark(self: EngineBlocks) -> Any:
+        assert all(bool(view.any()) for view in self.views), "marked before the blocks were filled"
+        marks.append(object())
+        return marks[-1]
+
+    real = on_device.DeviceDecoder.decode
+
+    def decode(self: DeviceDecoder, orders: Sequence[Order]) -> Any:
+        waited.extend(order.after for order in orders)
+        return real(self, orders)
+
+    with (
+        mock.patch.object(EngineBlocks, "mark", mark),
+        mock.patch.object(on_device.DeviceDecoder, "decode", decode),
+        bucket.worker(there=True) as ours,
+    ):
+        assert len(marks) == 1, "the proof"
+        for view in decoder_of(ours).blocks.views:
+            view.fill_(1)
+        assert load(ours, bucket.chunks)
+        assert decoder_of(ours).decoded_cells == CHUNKS
+    assert len(marks) == 2
+    assert set(waited) == set(marks), "something was decoded in no order"
+
+
 def check_together(directory: str) -> None:
     """What becomes ready while the device is busy is decoded together after that."""
     from lmcache_s3.integrations.vllm import on_device

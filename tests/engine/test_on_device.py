@@ -40,6 +40,10 @@ def test_damaged_streams_fail_the_load(interpreter: Interpreter, tmp_path: Path)
     interpreter.run(device_loads.check_damage, str(tmp_path))
 
 
+def test_decoding_comes_after_what_was_queued_before(interpreter: Interpreter, tmp_path: Path) -> None:
+    interpreter.run(device_loads.check_order, str(tmp_path))
+
+
 def test_what_waits_is_decoded_together(interpreter: Interpreter, tmp_path: Path) -> None:
     interpreter.run(device_loads.check_together, str(tmp_path))
 

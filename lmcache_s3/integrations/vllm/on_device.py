@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -286,7 +286,8 @@ def _prove(blocks: EngineBlocks, codec: str, kv_dtype: KVDtype, place: Mapping[s
     by_device, by_host = (blocks.twin(used + 3, n_layers) for _ in range(2))
     for view in (*by_device.views, *by_host.views):
         integers(view).fill_(1)
-    outcomes = DeviceDecoder(by_device, place).decode(orders)
+    begun = by_device.mark()  # this thread's stream fills what the decoder's own writes to: nothing else orders the two
+    outcomes = DeviceDecoder(by_device, place).decode([replace(order, after=begun) for order in orders])
     for order, outcome in zip(orders, outcomes, strict=True):
         twins = [by_host]
         try:
