@@ -45,6 +45,13 @@ _TASK_BYTES = 1 << 20
 """Cells smaller than this are verified and decoded several in one task."""
 
 
+def decoding_bytes(codec: KVCodec, spec: CellSpec, cell_bytes: int, stored_bytes: int) -> int:
+    """Memory for one decoded cell and for decoding it, where it is stored in so many; 0 for codecs that need none."""
+    if type(codec).view is not KVCodec.view:
+        return 0
+    return rounded(cell_bytes) + codec.decode_memory_bytes(spec, stored_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class Means:
     """What all loads of a transfer share. local: threads for tiers before the bucket; workers: for what was read."""
@@ -170,13 +177,15 @@ class Load:
     # --- from the bucket
 
     def _to_fetch(self, cells: Cells, *, again: bool = False) -> list[tuple[Run, list[Part]]]:
-        """Those that no other load fetches; this one waits for the others."""
+        """Those that are still of use and that no other load fetches; this one waits for the others."""
         means = self._means
         ours: list[tuple[Run, list[Part]]] = []
         with self._lock:
             for run, parts in cells:
                 ours.append((run, []))
                 for part in parts:
+                    if self._is_needless(part.chunk):
+                        continue
                     waiting = Waiting(self, run, part, again)
                     if means.sharing.fetch_or_wait(self._name, waiting, prefetch=self._is_prefetch):
                         ours[-1][1].append(part)
@@ -249,10 +258,9 @@ class Load:
 
     def _decoded_bytes(self, piece: Piece, codec: KVCodec) -> int:
         """Memory for one decoded cell and for decoding it; 0 where nothing is decoded, or into no memory of its own."""
-        if self._sink is None or type(codec).view is not KVCodec.view:
+        if self._sink is None:
             return 0
-        longest = max(part.cell.length for part in piece.parts)
-        return rounded(piece.cell_bytes) + codec.decode_memory_bytes(piece.spec, longest)
+        return decoding_bytes(codec, piece.spec, piece.cell_bytes, max(part.cell.length for part in piece.parts))
 
     def _tasks(self, piece: Piece, codec: KVCodec) -> int:
         """How many tasks the cells of a piece make: as many as is worth while, and as there should be memory for."""
@@ -314,6 +322,8 @@ class Load:
         """What is wrong with it, if that shows now."""
         if self._coded is not None:
             return self._coded.put(part.chunk, part.layers, part.heads, cell)
+        if self._sink is None:
+            return None
         try:  # fetched by a load whose sink takes coded cells; ours does not
             decoded = cell.decoded()
         except Unusable as e:

@@ -209,6 +209,10 @@ class _Read:
                     reader.answered(n_bytes, seconds)
         except LMCacheS3Error as e:
             error = without_frames(e)
+        except BaseException as e:
+            wanted.work.fail(e)  # before it is answered, so that nobody looks at the memory, which is given back
+            self._answer(part, which, None)
+            raise
         self._answer(part, which, error)
 
     def ask_again(self, part: _Part) -> None:

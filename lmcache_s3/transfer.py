@@ -29,7 +29,7 @@ from lmcache_s3.handle import Deadlines, Handle, Work
 from lmcache_s3.lane import Lane
 from lmcache_s3.loading import Codecs, LoadReport, Sink, make_plan
 from lmcache_s3.metrics import Metrics
-from lmcache_s3.pipeline import Load, Means, OnFetched
+from lmcache_s3.pipeline import Load, Means, OnFetched, decoding_bytes
 from lmcache_s3.promotions import Promotions
 from lmcache_s3.reading import Reader
 from lmcache_s3.rested_upload import RestedUpload
@@ -37,7 +37,7 @@ from lmcache_s3.resting import RestingTier
 from lmcache_s3.sharing import Sharing
 from lmcache_s3.tier_stack import TierStack
 from lmcache_s3.tiers.base import Tier, TierStats
-from lmcache_s3.tiers.buffers import BufferPool
+from lmcache_s3.tiers.buffers import BufferPool, rounded
 from lmcache_s3.tiers.object import ObjectTier
 from lmcache_s3.tiers.stores.base import ObjectStore
 from lmcache_s3.tracebacks import without_locals
@@ -48,8 +48,8 @@ PROMOTE_SHARE = 0.5
 """Promotions use at most this part of the budget: a slow disk must not hold up loads."""
 
 WAITING_SHARE = 0.25
-"""Promotions wait for the end of their load, but hold at most this part of the budget meanwhile; more go on at once.
-What is left is enough for any piece, so no load waits for promotions that wait for it."""
+"""Promotions wait for the end of their load, but with at most this part of the budget, and no more than leaves room for
+any piece, so no load waits for promotions that wait for it; more go on at once."""
 
 OBJECTS_SHARE = 1 / 128
 """Of `staging_bytes`, for the small objects around the buffers."""
@@ -74,14 +74,26 @@ class TransferSettings:
 def check_staging(staging_bytes: int, geometry: Geometry, codec: KVCodec) -> None:
     """Raises `Invalid` if the budget does not hold one chunk on its way."""
     spec = CellSpec.of(geometry, Grid())
-    least = max(codec.max_encoded_bytes(spec) + geometry.chunk_bytes, codec.encode_memory_bytes(spec))
-    if staging_bytes * STORE_SHARE < least:
+    stored = max(codec.max_encoded_bytes(spec) + geometry.chunk_bytes, codec.encode_memory_bytes(spec))
+    loaded = rounded(codec.max_encoded_bytes(spec)) + _decoding_bytes(geometry, codec)
+    least = int(max(stored / STORE_SHARE, loaded / (1 - OBJECTS_SHARE))) + 1
+    if staging_bytes < least:
         raise Invalid(
-            f"staging_bytes={staging_bytes} does not hold a chunk of this model: give at least "
-            f"{int(least / STORE_SHARE) + 1}",
+            f"staging_bytes={staging_bytes} does not hold a chunk of this model: give at least {least}",
             kind="setting",
             key="staging_bytes",
         )
+
+
+def _decoding_bytes(geometry: Geometry, codec: KVCodec) -> int:
+    """What a stored chunk takes at most, beside its own bytes, while it is decoded."""
+    spec = CellSpec.of(geometry, Grid())
+    return decoding_bytes(codec, spec, geometry.chunk_bytes, codec.max_encoded_bytes(spec))
+
+
+def _waiting_bytes(staging_bytes: int, left_bytes: int) -> int:
+    """Room for promotions that wait. They hold their bytes twice: in buffers, up to a sixteenth larger, and beside."""
+    return max(1, min(int(staging_bytes * WAITING_SHARE), left_bytes * 16 // 33))
 
 
 class Transfer:
@@ -112,9 +124,12 @@ class Transfer:
         budget_bytes = settings.staging_bytes - int(settings.staging_bytes * OBJECTS_SHARE)
         self.budget = ByteBudget(budget_bytes)
         self.buffers = BufferPool(budget_bytes, budget_bytes)
-        self._waiting, self._promoting = (
-            ByteBudget(max(1, int(settings.staging_bytes * share))) for share in (WAITING_SHARE, PROMOTE_SHARE)
-        )
+        # Several pieces must fit at once, or nothing overlaps.
+        left_bytes = budget_bytes - _decoding_bytes(geometry, codec)
+        piece_bytes = max(1, min(settings.piece_bytes, settings.staging_bytes // 4, left_bytes * 16 // 17))
+        left_bytes -= rounded(max(piece_bytes, codec.max_encoded_bytes(CellSpec.of(geometry, Grid()))))
+        self._waiting = ByteBudget(_waiting_bytes(settings.staging_bytes, left_bytes))
+        self._promoting = ByteBudget(max(1, int(settings.staging_bytes * PROMOTE_SHARE)))
         self._resting = resting
         in_front = tiers if resting is None else (resting, *tiers)
         self.stack = TierStack(in_front, ObjectTier(store, space_id, shard_index))
@@ -134,8 +149,6 @@ class Transfer:
             ThreadPoolExecutor(threads, f"lmcache-s3-{name}", on_thread_start) for name, threads in pools
         )
         tier_threads, decoders, encoders, self._background = self._pools
-        # Several pieces must fit at once, or nothing overlaps.
-        piece_bytes = min(settings.piece_bytes, settings.staging_bytes // 4)
         reader = Reader(
             self.stack.bucket,
             self._lanes[0],
@@ -377,7 +390,9 @@ class Transfer:
             finally:
                 over()
 
-        if not promotions.add(keep, n_bytes):
+        first, last = cells[0][0], cells[-1][0]
+        held = last.offset + last.length - first.offset if beside else n_bytes  # gaps were read, too
+        if not promotions.add(keep, held):
             over()
 
     def _keep_everywhere(self, cells: list[tuple[CellRef, Buffer]]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from lmcache_s3.errors import Invalid, Unavailable
 from lmcache_s3.testing.faults import Fault, FaultyStore
 from lmcache_s3.testing.small import random_kv, same_bits, small_space
-from lmcache_s3.testing.whole_arrays import SPACE, MakeTransfer, N, load, upload
+from lmcache_s3.testing.whole_arrays import SPACE, CopiedCodec, MakeTransfer, N, load, upload
 from lmcache_s3.tiers import buffers
 from lmcache_s3.tiers.host import HostTier
 from lmcache_s3.tiers.stores.counting import CountingStore
@@ -80,12 +80,53 @@ def test_a_system_without_memory_costs_no_budget(
     assert same_bits(load(transfer, chunks)[0], kv)
 
 
+def test_a_bug_in_a_store_costs_no_budget(
+    make: MakeTransfer, store: CountingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cell that would have been decoded, and of each part of a read."""
+    geometry = small_space(chunk_tokens=1 << 14).geometry
+    kv = random_kv(small_space(chunk_tokens=1 << 14), 1 << 14)
+    transfer = make(codec=CopiedCodec(), geometry=geometry, staging_bytes=64 << 20, piece_bytes=4 << 20)
+    whole = random_kv(SPACE, 2 * N)
+    other = make(codec=CopiedCodec())
+
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    for one, kv_of_it in ((transfer, kv), (other, whole)):
+        chunks = upload(one, kv_of_it)
+        with monkeypatch.context() as broken:
+            broken.setattr(store, "get_into", fails)
+            with pytest.raises(ZeroDivisionError):
+                one.load(chunks, lambda *_: None).result(10)
+            assert one.drain(5)
+        assert one.budget.held_bytes == 0
+        assert not one.load(chunks, lambda *_: None).result(10).failed
+
+
 def test_a_budget_below_one_chunk_is_refused(make: MakeTransfer) -> None:
     with pytest.raises(
         Invalid, match=r"staging_bytes=1000 does not hold a chunk of this model: give at least \d+"
     ) as e:
         make(staging_bytes=1_000)
     assert e.value.key == "staging_bytes"
+
+
+@pytest.mark.parametrize("codec", ["torch", "safetensors", "lossless"])
+@pytest.mark.parametrize("times", [1, 1.1, 1.5])
+def test_promotions_that_wait_leave_room_for_what_they_wait_for(make: MakeTransfer, codec: str, times: float) -> None:
+    """In the least budget that is accepted, too, though decoding takes many times the cell."""
+    with pytest.raises(Invalid) as e:
+        make(codec=codec, staging_bytes=1)
+    least = int(str(e.value).rpartition(" ")[2])
+    kv = random_kv(SPACE, 24 * N)
+    chunks = upload(make(codec=codec), kv)
+    transfer = make(HostTier(1 << 22), codec=codec, staging_bytes=int(least * times))
+    out, report, _ = load(transfer, chunks, deadline_s=10)
+    assert report.loaded_chunks == 24
+    assert same_bits(out, kv)
+    assert transfer.drain(5)
+    assert transfer.budget.held_bytes == 0
 
 
 def test_an_upload_whose_first_cells_fail_gives_all_memory_back(make: MakeTransfer) -> None:
@@ -124,7 +165,7 @@ def test_small_codes_of_large_cells_do_not_ask_for_more_memory_than_there_is(
     geometry = small_space(chunk_tokens=128).geometry
     kv = np.zeros((2, 4, 32 * 128, 4, 8), np.uint16)
     chunks = upload(make(codec="cachegen", geometry=geometry, staging_bytes=64 << 20), kv)
-    transfer = make(codec="cachegen", geometry=geometry, staging_bytes=4 * geometry.chunk_bytes, io_threads=16)
+    transfer = make(codec="cachegen", geometry=geometry, staging_bytes=5 * geometry.chunk_bytes, io_threads=16)
     handle = transfer.load(chunks, lambda *_: None, deadline_s=20)
     assert handle.result(20).loaded_chunks == 32
     assert transfer.drain(5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -302,6 +302,28 @@ def test_loads_that_decode_themselves_share_with_those_that_do_not(
     assert at_rest(transfer)
 
 
+def test_a_prefetch_takes_what_another_load_decodes_itself_as_it_is(make: MakeTransfer, gate: GatedStore) -> None:
+    class Counting(CopiedCodec):
+        decoded = 0
+
+        def decode(self, data: Buffer, spec: CellSpec, position: CellPosition | None, out: np.ndarray) -> None:
+            self.decoded += 1
+            super().decode(data, spec, position, out)
+
+    kv = random_kv(SPACE, 3 * N)
+    chunks = upload(make(codec=CopiedCodec()), kv)
+    host, codec = HostTier(1 << 20), Counting()
+    transfer = make(host, over=gate, codec=codec)
+    loading, prefetch = CodedLoading(transfer, chunks), transfer.prefetch(chunks)
+    gate.open()
+    assert loading.report().loaded_chunks == prefetch.result(20).loaded_chunks == 3
+    assert same_bits(loading.out, kv)
+    assert codec.decoded == 3, "by the load's own sink, and for nobody else"
+    assert transfer.drain(10)
+    assert host.match_prefix([chunk.cell(0) for chunk in chunks]) == 3
+    assert at_rest(transfer)
+
+
 def test_damage_that_shows_when_a_cell_is_put_fails_who_was_told(make: MakeTransfer, gate: GatedStore) -> None:
     kv = random_kv(SPACE, N)
     chunks = upload(make(), kv)
@@ -350,6 +372,24 @@ def test_what_lies_behind_a_failure_is_not_waited_for(
     gate.open()
     assert third.report().loaded_chunks == 4
     assert fourth.report().failed[0][2].kind == "missing"
+    assert at_rest(transfer)
+
+
+def test_what_lies_behind_a_chunk_that_cannot_even_be_tried_is_not_waited_for(
+    make: MakeTransfer, gate: GatedStore
+) -> None:
+    kv = random_kv(SPACE, 4 * N)
+    chunks = upload(make(), kv)
+    record = chunks[0].extent
+    strange = replace(record, name=replace(record.name, codec="nobody-knows"))
+    transfer = make(over=gate)
+    first = Loading(transfer, chunks)
+    gate.wait_for(1)
+    second = Loading(transfer, [ChunkRef(chunks[0].prefix_hash, strange, 0), *chunks])
+    assert second.report().failed[0][2].kind == "codec"
+    assert not first.handle.done()
+    gate.open()
+    assert first.report().loaded_chunks == 4
     assert at_rest(transfer)
 
 
