@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import fsspec
@@ -157,6 +158,24 @@ def test_hybrid_models_are_off_and_say_so(model: Path, local_url: str) -> None:
     assert isinstance(connector, SupportsHMA)
     assert any("hybrid" in line for line in lines)
     connector.build_connector_meta(SchedulerOutput.make_empty())
+    connector.shutdown()
+
+
+def test_an_attention_backend_that_fails_when_asked_turns_it_off_and_not_the_engine(
+    model: Path, local_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connector = start(model, local_url)
+    off: list[str] = []
+
+    def register(kv_caches: dict[str, torch.Tensor]) -> None:
+        raise TypeError("do_kv_cache_update() takes 5 positional arguments")
+
+    monkeypatch.setattr(connector, "_worker", SimpleNamespace(register=register, turn_off=off.append))
+    lines = said_while(lambda: connector.register_kv_caches({}))
+    assert [line for line in lines if "register_kv_caches failed" in line]
+    assert len(off) == 1
+    assert "5 positional" in off[0]
+    monkeypatch.undo()
     connector.shutdown()
 
 

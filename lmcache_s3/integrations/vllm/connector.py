@@ -151,6 +151,9 @@ class LMCacheS3Connector(KVConnectorBase_V1, SupportsHMA):
             self._worker.register(kv_caches)
         except (Unsupported, LMCacheS3Error) as reason:
             self._worker.turn_off(str(reason))
+        except Exception as error:  # noqa: BLE001 - an attention backend is asked, and may say anything
+            self._count_error("register_kv_caches", error)
+            self._worker.turn_off(f"the engine's blocks could not be learnt: {error!r}")
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         orders = self._connector_metadata
