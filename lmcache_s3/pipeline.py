@@ -107,10 +107,15 @@ class Load:
         self.work.handle.add_done_callback(lambda _: give_up())
 
     def start(self) -> None:
-        """Cut what is wanted into pieces and hand them to the threads. Does not block."""
+        """Cut what is wanted into pieces and hand them to the threads. Does not block. What is not foreseen (the user's
+        interrupt, memory) passes, and ends the work, so that nobody waits for what it was to fetch."""
         with self._lock:
             self._left += 1
-        self._begin(self._plan)
+        try:
+            self._begin(self._plan)
+        except BaseException as e:
+            self.work.fail(e)
+            raise
         self._one_less()
 
     def _begin(self, cells: Cells, *, again: bool = False) -> None:

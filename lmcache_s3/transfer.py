@@ -216,7 +216,11 @@ class Transfer:
         def fetched(cells: list[tuple[CellRef, Buffer]], level: int) -> None:
             self._promote(promotions, cells, level)
 
-        handle = self._start_load(chunks, sink, want_layers, want_heads, deadline_s, fetched, coded)
+        try:
+            handle = self._start_load(chunks, sink, want_layers, want_heads, deadline_s, fetched, coded)
+        except BaseException:
+            promotions.begin()
+            raise
         handle.add_done_callback(lambda _: promotions.begin())
         return handle
 

@@ -187,6 +187,26 @@ def test_a_sink_that_raises_harms_its_own_load_only(make: MakeTransfer, gate: Ga
     assert at_rest(transfer)
 
 
+def test_a_load_that_is_interrupted_while_it_begins_is_waited_for_by_nobody(
+    make: MakeTransfer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv = random_kv(SPACE, 4 * N)
+    chunks = upload(make(), kv)
+    transfer = make()
+
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(transfer._load_means.reader, "read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Loading(transfer, chunks)
+    after = Loading(transfer, chunks, {"deadline_s": 5})
+    assert after.report().loaded_chunks == 4
+    assert same_bits(after.out, kv)
+    assert at_rest(transfer)
+
+
 def test_one_error_of_the_store_fails_one_load(make: MakeTransfer, gate: GatedStore) -> None:
     kv = random_kv(SPACE, 4 * N)
     chunks = upload(make(), kv)
