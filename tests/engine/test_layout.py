@@ -59,6 +59,19 @@ def test_what_the_engine_writes_is_read_at_its_true_place(block: int, head_dim: 
     assert torch.equal(copy, cache)
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("scales", [(1.0, 1.0), (0.25, 0.004), (40.0, 3.3), (0.0117, 0.0771)])
+def test_a_coarse_cache_and_a_checkpoints_scales_do_not_hide_the_layout(
+    cache_dtype: str, scales: tuple[float, float]
+) -> None:
+    """What is written is divided by K's or V's scale, and then rounded to 3 or 2 bits behind the first."""
+    attention = cpu_attention(32, 64, torch.bfloat16, cache_dtype)
+    attention._k_scale_float, attention._v_scale_float = scales
+    found = learn_plane_map(attention, torch.zeros(4, 3, 32, 128, dtype=torch.uint8), 64)
+    plain = cpu_attention(32, 64, torch.bfloat16, "fp8_e4m3")
+    assert np.array_equal(found.index, learn_plane_map(plain, torch.zeros(4, 3, 32, 128, dtype=torch.uint8), 64).index)
+
+
 def test_a_backend_that_mixes_heads_is_refused() -> None:
     class Impl:
         def do_kv_cache_update(self, layer: Any, k: Any, v: Any, cache: torch.Tensor, slots: Any) -> None:

@@ -20,8 +20,8 @@ import torch
 from lmcache_s3.errors import Invalid
 from lmcache_s3.kernels.paged import HostLayers, PlaneMap
 
-_DIGITS = 16
-"""Numbers are written digit by digit as 1…16: integers that bf16, fp16, fp32 and fp8 e4m3 all keep apart."""
+_DIGITS, _PLACES = 8, 6
+"""Numbers are written digit by digit as 1…8: integers that bf16, fp16, fp32 and both fp8 keep apart."""
 _UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 
 
@@ -46,10 +46,10 @@ def learn_plane_map(attention: Any, view: torch.Tensor, head_dim: int) -> PlaneM
     n = slots * head_dim
     numbers = np.arange(2 * n).reshape(2, slots, head_dim)
     found = np.zeros((heads, slots * content), dtype=np.int64)
-    for power in range(4):
+    for power in range(_PLACES):
         written = writer.write((numbers // _DIGITS**power) % _DIGITS)
         found += np.vectorize(digits.__getitem__, otypes=[np.int64])(written) * _DIGITS**power
-    if not (np.sort(found, axis=1) == np.arange(2 * n)).all() or (found != found[0]).any() or 2 * n > _DIGITS**4:
+    if not (np.sort(found, axis=1) == np.arange(2 * n)).all() or (found != found[0]).any() or 2 * n > _DIGITS**_PLACES:
         raise Invalid(f"{type(impl).__name__} does not keep a block's K and V in one plane per head", kind="engine")
     index = np.empty(2 * n, dtype=np.int64)
     index[found[0]] = np.arange(2 * n)
@@ -72,14 +72,18 @@ class _Writer:
         self._attention, self._head_dim = attention, head_dim
         self._cache = scratch_like(view, 2)
         self._slots = torch.arange(view.shape[2], device=view.device) + view.shape[2]
+        # What a quantised cache's update divides K and V by. A checkpoint's may be so small that all digits saturate.
+        # A little more, for rounding, be it to nearest or towards 0, to give the digit again.
+        scales = [float(getattr(attention, name, 1.0)) for name in ("_k_scale_float", "_v_scale_float")]
+        self._scales = np.array(scales).reshape(2, 1, 1) * (1 + 1 / 64)
         self._dtype = getattr(attention, "dtype", None) or view.dtype
         if not self._dtype.is_floating_point or self._dtype.itemsize == 1:
             self._dtype = torch.bfloat16
 
     def write(self, values: np.ndarray) -> np.ndarray:
-        """values: int [kv, slot, channel], 0…15, the same for every head → stored patterns, [head, plane position]."""
+        """values: int [kv, slot, channel], 0…7, the same for every head → stored patterns, [head, plane position]."""
         heads = self._cache.shape[1]
-        kv = torch.from_numpy(values + 1).to(self._cache.device, self._dtype)
+        kv = torch.from_numpy((values + 1) * self._scales).to(self._cache.device, self._dtype)
         k, v = (kv[i].unsqueeze(1).expand(-1, heads, -1).contiguous() for i in range(2))
         self._attention.impl.do_kv_cache_update(self._attention, k, v, self._cache, self._slots)
         patterns = self._cache.cpu().contiguous().view(_UNSIGNED[self._cache.dtype.itemsize]).numpy()
