@@ -141,9 +141,11 @@ class EngineBlocks:
         view = self.views[0]
         if after is not None:
             torch.cuda.current_stream(view.device).wait_event(after)
-        self.scatter_there(ids, layers, heads, torch.from_numpy(np.ascontiguousarray(bits)).to(view.device))
-        if view.device.type == "cuda":
-            torch.cuda.current_stream(view.device).synchronize()
+        try:
+            self.scatter_there(ids, layers, heads, torch.from_numpy(np.ascontiguousarray(bits)).to(view.device))
+        finally:  # also if a later layer failed: nothing may be written once anybody was told
+            if view.device.type == "cuda":
+                torch.cuda.current_stream(view.device).synchronize()
 
     def scatter_there(self, ids: np.ndarray, layers: range, heads: range, cell: torch.Tensor) -> None:
         """`scatter` of a cell, unsigned integers, that lies on the blocks' device; queued on its current stream."""
