@@ -233,8 +233,8 @@ class Transfer:
         heads: range | None = None,
         deadline_s: float | None = None,
     ) -> Handle[LoadReport]:
-        """Bring chunks into a tier (and those between it and where they are); done when they are there, or when somebody
-        else is just putting them there.
+        """Bring chunks into a tier (and those between it and where they are); done when they are there, or when another
+        is just putting them there.
 
         `layers`, `heads`: as for `load`; cells that hold any of them are brought.
 

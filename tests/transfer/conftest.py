@@ -8,6 +8,7 @@ import pytest
 
 from lmcache_s3.codecs.base import KVCodec
 from lmcache_s3.codecs.registry import make_codec
+from lmcache_s3.testing.gated import GatedStore
 from lmcache_s3.testing.small import fresh_memory_url
 from lmcache_s3.testing.whole_arrays import GEOMETRY, SPACE, MakeTransfer
 from lmcache_s3.tiers.base import Tier
@@ -42,3 +43,8 @@ def make(store: CountingStore) -> Iterator[MakeTransfer]:
     yield make
     for transfer in made:
         transfer.close()
+
+
+@pytest.fixture
+def gate(store: CountingStore) -> GatedStore:
+    return GatedStore(store)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,58 +12,16 @@ from lmcache_s3.codecs.base import CellPosition, CellSpec, KVCodec
 from lmcache_s3.codecs.fast import FastCodec
 from lmcache_s3.coded import Coded
 from lmcache_s3.errors import Unavailable, Unusable
-from lmcache_s3.handle import Handle
-from lmcache_s3.loading import LoadReport
 from lmcache_s3.testing.gated import GatedStore
+from lmcache_s3.testing.loads_under_way import Loading, at_rest, await_waiting
 from lmcache_s3.testing.small import random_kv, same_bits
 from lmcache_s3.testing.whole_arrays import GEOMETRY, SPACE, CopiedCodec, MakeTransfer, N, load, upload
 from lmcache_s3.tiers.host import HostTier
 from lmcache_s3.tiers.stores.counting import CountingStore
-from lmcache_s3.transfer import Transfer
 from lmcache_s3.types import Buffer, ChunkRef, Grid, shard_key
 
 CELL = GEOMETRY.chunk_bytes + 4  # as `fast` stores it
 DOWN = Unavailable("injected", kind="network")
-
-
-@dataclass
-class Loading:
-    """A load under way into an array of its own."""
-
-    transfer: Transfer
-    chunks: list[ChunkRef]
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        geometry = self.transfer.geometry
-        shape = (geometry.kv, geometry.layers, len(self.chunks) * N, geometry.heads, geometry.head_dim)
-        self.out = np.zeros(shape, geometry.storage_dtype)
-        self.handle: Handle[LoadReport] = self.transfer.load(self.chunks, self.sink, **self.options)
-
-    def sink(self, chunk: int, layers: range, heads: range, cell: np.ndarray) -> None:
-        self.out[:, layers.start : layers.stop, chunk * N : (chunk + 1) * N, heads.start : heads.stop] = cell
-
-    def report(self) -> LoadReport:
-        return self.handle.result(20)
-
-
-@pytest.fixture
-def gate(store: CountingStore) -> GatedStore:
-    return GatedStore(store)
-
-
-def at_rest(transfer: Transfer) -> bool:
-    """Nothing goes on, nobody holds memory, nobody waits."""
-    return transfer.drain(10) and transfer.budget.held_bytes == 0 and len(transfer._load_means.sharing.in_flight) == 0
-
-
-def await_waiting(transfer: Transfer, cells: int) -> None:
-    """Until so many cells are waited for."""
-    flights = transfer._load_means.sharing.in_flight._flights
-    end_s = time.monotonic() + 20
-    while sum(len(waiting) for _, waiting in list(flights.values())) != cells:
-        assert time.monotonic() < end_s
-        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("codec", ["fast", "safetensors", "torch"])
@@ -410,77 +366,6 @@ def test_what_lies_behind_a_chunk_that_cannot_even_be_tried_is_not_waited_for(
     assert not first.handle.done()
     gate.open()
     assert first.report().loaded_chunks == 4
-    assert at_rest(transfer)
-
-
-def test_prefetches_of_one_prompt_fetch_it_once(make: MakeTransfer, gate: GatedStore) -> None:
-    kv = random_kv(SPACE, 4 * N)
-    chunks = upload(make(), kv)
-    host = HostTier(1 << 20)
-    transfer = make(host, over=gate)
-    handles = [transfer.prefetch(chunks) for _ in range(5)]
-    gate.open()
-    assert [handle.result(20).loaded_chunks for handle in handles] == [4] * 5
-    assert host.stats().cells == 4
-    assert len(gate.asked) == 1
-    assert at_rest(transfer)
-
-
-def test_a_prefetch_waits_for_a_load_and_its_cells_are_there_when_it_is_done(
-    make: MakeTransfer, gate: GatedStore
-) -> None:
-    kv = random_kv(SPACE, 4 * N)
-    chunks = upload(make(), kv)
-    host = HostTier(1 << 20)
-    transfer = make(host, over=gate)
-    loading = Loading(transfer, chunks)
-    prefetch = transfer.prefetch(chunks)
-    gate.open()
-    assert prefetch.result(20).loaded_chunks == loading.report().loaded_chunks == 4
-    assert same_bits(loading.out, kv)
-    assert transfer.drain(10), "the load's own promotions, too"
-    assert host.match_prefix([chunk.cell(0) for chunk in chunks]) == 4
-    assert len(gate.asked) == 1
-    assert at_rest(transfer)
-
-
-def test_a_load_does_not_wait_for_a_prefetch_which_leaves_it_to_the_load(make: MakeTransfer, gate: GatedStore) -> None:
-    """All slots are busy: the prefetch's turn comes when the load fetches what it wanted."""
-    kv = random_kv(SPACE, 8 * N)
-    other = upload(make(), random_kv(SPACE, 4 * N, seed=1))
-    chunks = upload(make(), kv)
-    host = HostTier(1 << 20)
-    transfer = make(host, over=gate, piece_bytes=1)
-    busy = Loading(transfer, other)
-    gate.wait_for(4)
-    prefetch, second = transfer.prefetch(chunks[:4]), transfer.prefetch(chunks[:4])
-    loading = Loading(transfer, chunks[:4])
-    assert len(gate.asked) == 4
-    gate.answer(*[None] * 4)
-    gate.wait_for(4)
-    gate.open()
-    assert loading.report().loaded_chunks == busy.report().loaded_chunks == 4
-    assert same_bits(loading.out, kv[:, :, : 4 * N])
-    assert prefetch.result(20).loaded_chunks == second.result(20).loaded_chunks == 4
-    assert transfer.drain(10), "who of the three keeps a cell in the tier is chance"
-    assert host.match_prefix([chunk.cell(0) for chunk in chunks[:4]]) == 4
-    assert len(gate.asked) <= 4 + 4 + 4
-    assert at_rest(transfer)
-
-
-def test_a_cancelled_prefetch_is_taken_over(make: MakeTransfer, gate: GatedStore) -> None:
-    kv = random_kv(SPACE, 4 * N)
-    chunks = upload(make(), kv)
-    transfer = make(HostTier(1 << 20), over=gate)
-    first, second = transfer.prefetch(chunks), transfer.prefetch(chunks)
-    gate.wait_for(1)
-    loading = Loading(transfer, chunks)
-    gate.wait_for(2)
-    assert first.cancel()
-    gate.open()
-    assert second.result(20).loaded_chunks == loading.report().loaded_chunks == 4
-    assert same_bits(loading.out, kv)
-    assert len(gate.asked) == 2, "the load's and the cancelled one's; the other prefetch waits for the load"
     assert at_rest(transfer)
 
 
