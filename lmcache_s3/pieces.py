@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from lmcache_s3.codecs.base import CellSpec
 from lmcache_s3.loading import Part, Run
 from lmcache_s3.range_planning import spans
 
@@ -19,24 +18,15 @@ Cells: TypeAlias = Sequence[tuple[Run, Sequence[Part]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Run):
     """Cells of one shard that are fetched together. start, n_bytes: where they lie in the object, gaps included."""
 
-    parts: tuple[Part, ...]
-    spec: CellSpec
-    codec: str
-    cell_bytes: int
     start: int
     n_bytes: int
 
     @property
     def first_chunk(self) -> int:
         return self.parts[0].chunk
-
-    @property
-    def run(self) -> Run:
-        """Its parts as a run of their own."""
-        return Run(self.parts, self.spec, self.codec, self.cell_bytes)
 
 
 def cells_bytes(cells: Cells) -> int:

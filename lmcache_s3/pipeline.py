@@ -162,7 +162,7 @@ class Load:
                     means.budget.give_back(n_bytes)
             elif not self._given_up(piece):
                 self._fail(piece.parts, means.budget.too_small(n_bytes))
-        for run, parts in self._to_fetch([(piece.run, rest)]):
+        for run, parts in self._to_fetch([(piece, rest)]):
             self._fetch(one_by_one(run, parts))
         self._one_less()
 
@@ -242,14 +242,14 @@ class Load:
             return
         if isinstance(outcome, Unusable) and not isinstance(outcome, Missing) and len(piece.parts) > 1:
             # Too short an object for all of them, perhaps not for the first.
-            self._fetch(one_by_one(piece.run, piece.parts))
+            self._fetch(one_by_one(piece, piece.parts))
         elif outcome is not None:
             self._fail(piece.parts, outcome)
             self._land(piece.parts, outcome)
         else:
             self._land(piece.parts, None)
             if not self._given_up(piece):  # loads fetch all that this prefetch would have
-                self._begin([(piece.run, piece.parts)])
+                self._begin([(piece, piece.parts)])
         self._one_less()
 
     def _processed(self, good: list[tuple[CellRef, Buffer]]) -> None:

@@ -129,6 +129,7 @@ class Model:
             looked = look(self._model, self._config, lambda: self._forward(_PROBE, None)[1].layers)
         except Invalid:
             raise
+        # by transformers, of models whose cache is not K and V
         except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
             raise self._unknown(f"its cache is of another kind ({' '.join(str(error).split())[:120]})") from error
         layers, latents = zip(*looked, strict=True)
